@@ -1,0 +1,205 @@
+"""The parts of a decoder, found by their behaviour and not by the model's name.
+
+* Blocks: the ModuleList of `num_hidden_layers` members that run once each, in order, the output of one being bit for bit the
+  input of the next.
+* Residual writers of block b: the modules whose outputs make up what the block adds,
+
+      resid[b+1] = a · resid[b] + Σ cᵢ · outᵢ,
+
+  found among all modules inside the block by least squares: the smallest set, and in it the outermost modules, that leaves a
+  relative error below 1e-5 with a ≠ 0. The first to run is the attention (or whatever mixes positions), the second the MLP.
+* Batch axes: which axis of every other argument of a block counts rows, seen by running two rows and three.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from patchscopes.core.errors import RefusedError
+from patchscopes.engine.hooks import Handle, first_tensor, hooked, map_tensors, on_arguments
+
+TOLERANCE = 1e-5
+DEPTH = 3  # how deep inside a block a residual writer may lie
+
+
+@dataclass(frozen=True)
+class Writer:
+    """`scale` · the output of `module` is added to the residual stream; `path` is its name inside the block."""
+
+    module: nn.Module
+    path: str
+    scale: float
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of one model.
+
+    blocks       L modules; block b turns layer b into layer b + 1
+    writers      for each block its writers in the order in which they run; empty where no set explains the block
+    rest         what a block returns after the hidden state, None if it returns a bare tensor
+    cache_name   the model's argument that takes a cache, if it takes one
+    batch_axes   (block, path of an argument) -> (batch axis, entries a row); None where they could not be measured
+    """
+
+    blocks: list[nn.Module]
+    blocks_path: str
+    writers: list[tuple[Writer, ...]]
+    rest: tuple | None
+    cache_name: str | None
+    takes_positions: bool
+    takes_keep: bool
+    batch_axes: dict[tuple, tuple[int, int]] | None = None
+
+    @property
+    def n_layers(self) -> int:
+        """L, the number of blocks."""
+        return len(self.blocks)
+
+    def parts(self) -> dict[str, str]:
+        """The parts by name, as `patchscopes check` prints them."""
+        writers = sorted({" + ".join(w.path for w in some) or "not additive" for some in self.writers})
+        return {"blocks": f"{self.blocks_path} ({self.n_layers})", "residual writers": "; ".join(writers)}
+
+
+@torch.no_grad()
+def find_anatomy(model: nn.Module, device: torch.device) -> Anatomy:
+    """The parts of a Hugging Face causal language model, all but `batch_axes`. RefusedError, with what was found, without a decoder."""
+    config: Any = model.config.get_text_config(decoder=True)
+    n_layers, kind = getattr(config, "num_hidden_layers", None), type(model).__name__
+    ids = torch.arange(1, 9, device=device).remainder(config.vocab_size).unsqueeze(0)
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    for path, blocks in lists:
+        trace = _trace(model, list(blocks), ids) if len(blocks) == n_layers else None
+        if trace is not None:
+            break
+    else:
+        found = ", ".join(f"{name} ({len(m)})" for name, m in lists) or "none"
+        raise RefusedError(
+            f"no decoder stack found in {kind}: of its module lists ({found}) none holds the {n_layers} blocks that its config "
+            "names, running one after the other. patchscopes reads causal language models (decoders)."
+        )
+    if not _is_causal(model, ids):
+        raise RefusedError(
+            f"no decoder stack found: in {kind} early positions see later ones, so it is an encoder. "
+            "patchscopes reads causal language models (decoders)."
+        )
+    takes = inspect.signature(model.forward).parameters
+    return Anatomy(
+        blocks=list(blocks),
+        blocks_path=path,
+        writers=[_writers(b, trace) for b in range(len(blocks))],
+        rest=trace.rest,
+        cache_name=next((name for name in ("past_key_values", "cache_params") if name in takes), None),
+        takes_positions="position_ids" in takes,
+        takes_keep="logits_to_keep" in takes,
+    )
+
+
+@dataclass
+class _Trace:
+    """One pass seen from inside: the blocks' inputs and outputs, and in each block (path, module, output) as they ran."""
+
+    inputs: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    inside: list[list[tuple[str, nn.Module, Tensor]]] = field(default_factory=list)
+    rest: tuple | None = None
+
+
+def _trace(model: nn.Module, blocks: list[nn.Module], ids: Tensor) -> _Trace | None:
+    """The trace if `blocks` run once each, in order, handing the hidden state on unchanged; else None."""
+    trace, order = _Trace(inside=[[] for _ in blocks]), []
+
+    def enter(b: int) -> Handle:
+        def note(args: tuple, _kwargs: dict) -> None:
+            if args and isinstance(args[0], Tensor):
+                order.append(b)
+                trace.inputs.append(args[0].clone())
+
+        return on_arguments(blocks[b], note)
+
+    def leave(b: int) -> Handle:
+        def note(_module: nn.Module, _args: tuple, out: Any) -> None:
+            value = first_tensor(out)
+            if value is not None:
+                trace.outputs.append(value.clone())
+                trace.rest = tuple(None if torch.is_tensor(x) else x for x in out[1:]) if isinstance(out, tuple) else None
+
+        return Handle(lambda: blocks[b].register_forward_hook(note))
+
+    def look(b: int, path: str, module: nn.Module) -> Handle:
+        def note(_module: nn.Module, _args: tuple, out: Any) -> None:
+            value = first_tensor(out)
+            if value is not None and value.is_floating_point():
+                trace.inside[b].append((path, module, value.clone()))
+
+        return Handle(lambda: module.register_forward_hook(note))
+
+    hooks = [hook for b in range(len(blocks)) for hook in (enter(b), leave(b))]
+    hooks += [
+        look(b, path, module)
+        for b, block in enumerate(blocks)
+        for path, module in block.named_modules()
+        if path and path.count(".") < DEPTH and not isinstance(module, nn.ModuleList)
+    ]
+    with hooked(hooks):
+        model(ids, use_cache=False)
+    if order != list(range(len(blocks))) or len(trace.outputs) != len(blocks):
+        return None
+    if any(not torch.equal(a.to(b.device), b) for a, b in zip(trace.outputs, trace.inputs[1:], strict=False)):
+        return None
+    return trace
+
+
+def _writers(b: int, trace: _Trace) -> tuple[Writer, ...]:
+    """The writers of block b, in running order; () if no set of at most three explains what the block adds."""
+    before, after = trace.inputs[b].double().flatten(), trace.outputs[b].double().flatten()
+    candidates: list[tuple[str, nn.Module, Tensor]] = []
+    for path, module, out in trace.inside[b]:
+        if out.numel() != after.numel():
+            continue
+        value = out.double().flatten()
+        same = next((i for i, (_, _, other) in enumerate(candidates) if torch.equal(other, value)), None)
+        if same is None:
+            candidates.append((path, module, value))
+        elif path.count(".") < candidates[same][0].count("."):  # the outermost of modules with equal outputs
+            candidates[same] = (path, module, value)
+    columns = torch.stack([before, *(value for _, _, value in candidates)])
+    gram, aim = columns @ columns.T, columns @ after
+    for size in (1, 2, 3):
+        fits = []
+        for chosen in itertools.combinations(range(1, len(columns)), size):
+            index = torch.tensor([0, *chosen])
+            c = torch.linalg.lstsq(gram[index][:, index], aim[index], driver="gelsd").solution
+            error = (c @ columns[index] - after).norm() / after.norm()
+            if error < TOLERANCE and c.abs().min() > 1e-3:
+                depth = sum(candidates[i - 1][0].count(".") for i in chosen)
+                fits.append((float((c[1:] - c[1]).abs().max()) > 1e-3, depth, chosen, c))
+        if fits:
+            _, _, chosen, c = min(fits, key=lambda fit: fit[:3])
+            scales = [round(float(x), 3) if abs(float(x) - round(float(x), 3)) < 1e-4 else float(x) for x in c[1:]]
+            return tuple(Writer(candidates[i - 1][1], candidates[i - 1][0], scale) for i, scale in zip(chosen, scales, strict=True))
+    return ()
+
+
+def _is_causal(model: nn.Module, ids: Tensor) -> bool:
+    other = ids.clone()
+    other[0, -1] = 0
+    a, b = (model(x, use_cache=False).logits[0, :-1] for x in (ids, other))
+    return bool((a - b).abs().max() <= 1e-3 * a.abs().max())
+
+
+def measure_batch_axes(argument_shapes: dict[int, dict[tuple, torch.Size]]) -> dict[tuple, tuple[int, int]]:
+    """Batch axis and entries a row of every argument, from the shapes that 2 and 3 rows have; more than one where heads are fused in."""
+    found = {}
+    for path, shape in argument_shapes[2].items():
+        for axis, (a, b) in enumerate(zip(shape, argument_shapes[3].get(path, shape), strict=False)):
+            if a != b:
+                found[path] = (axis, a // 2)
+    return found

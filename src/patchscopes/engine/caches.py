@@ -1,0 +1,66 @@
+"""Key-value caches of some rows made from caches of others.
+
+Keys and values may be views: `update` of a dynamic cache concatenates and never writes. Convolution and recurrent states live
+in dicts and are updated in place, their flags too: those are copied. (transformers 5.23)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _is_batched(value: object) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 1 and value.numel() > 0
+
+
+def _mapped(layer: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    twin = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):
+            setattr(twin, name, {k: change(t).clone() if _is_batched(t) else t for k, t in value.items()})
+        elif _is_batched(value):
+            setattr(twin, name, change(value))
+    return twin
+
+
+def rows_of(layer: Any, index: Tensor) -> Any:
+    """One cache layer holding rows `index` of `layer`; the two can be extended independently. A single row is not copied."""
+
+    def take(t: Tensor) -> Tensor:
+        if t.shape[0] == 1:
+            return t.expand(len(index), *t.shape[1:])
+        return t.index_select(0, index.to(t.device))
+
+    return _mapped(layer, take)
+
+
+def fork(cache: Any, indices: list[Tensor]) -> Any:
+    """A cache whose layer l holds rows indices[l] of `cache`'s."""
+    new = copy.copy(cache)
+    new.layers = [rows_of(layer, index) for layer, index in zip(cache.layers, indices, strict=True)]
+    return new
+
+
+def splice(cache: Any, base: Any, present: list[int], base_row: Tensor) -> None:
+    """Complete `cache` to len(base_row) rows: layer l keeps its own first present[l] and takes the others' from `base`.
+
+    base_row[r]: the row of `base` that row r continues.
+    """
+    for l, own in enumerate(cache.layers):
+        if present[l] == len(base_row):
+            continue
+        other = rows_of(base.layers[l], base_row[present[l] :])
+        if present[l] == 0:
+            cache.layers[l] = other
+            continue
+        for name, value in vars(own).items():
+            rest = getattr(other, name)
+            if isinstance(value, dict):
+                setattr(own, name, {k: torch.cat([t, rest[k]]) if _is_batched(t) else t for k, t in value.items()})
+            elif _is_batched(value):
+                setattr(own, name, torch.cat([value, rest]))

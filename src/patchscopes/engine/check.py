@@ -1,0 +1,199 @@
+"""What is exact on this model: measured at load, on one short random prompt, against full passes with plain hooks.
+
+A method that needs an ability which the model lacks takes the slower exact path, or refuses with the reason found here. An attempt
+that raises counts as "not able", whatever it raises. Errors are the largest difference relative to the largest reference logit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from patchscopes.core.errors import PatchscopesError, RefusedError
+from patchscopes.core.sites import Site
+from patchscopes.engine.engine import Engine
+from patchscopes.engine.generate import Decoding, generate
+from patchscopes.engine.hooks import hooked, on_output
+from patchscopes.engine.patch import Route, Row, Stem, next_logits
+
+PROMPT = 12  # tokens
+STEPS = 3  # tokens generated
+SHARE_OF_LARGEST = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 2e-2}
+
+MEANING = {
+    "hooks_seen": "a hook that changes the residual stream changes the logits",
+    "no_op": "hooks that change nothing leave the logits bit-identical",
+    "identity": "a state patched onto itself changes nothing, at every layer",
+    "unembed": "layer L, decoded alone, gives the model's logits",
+    "stairs": "runs resumed at any layer on a shared prefix equal full passes, first token and after",
+    "whole": "runs resumed at any layer without a prefix equal full passes, first token and after",
+    "readout": "runs resumed at any layer without a cache give the full pass's next token",
+    "decoding": "the model's own cached decoding equals its own full pass",
+    "left_padding": "a left-padded prompt gives what it gives alone",
+    "rows_independent": "a prompt in a batch gives what it gives alone",
+    "writers": "each layer is the one before plus attention and MLP outputs",
+}
+
+
+@dataclass(frozen=True)
+class Ability:
+    """ok, how far off it was (nan: it raised), and why not."""
+
+    ok: bool
+    error: float
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """The abilities of one model, by name; `MEANING` says what each compares. `tolerance` is relative to the largest logit."""
+
+    abilities: dict[str, Ability]
+    tolerance: float
+
+    def ok(self, name: str) -> bool:
+        """Whether the model has this ability."""
+        return self.abilities[name].ok
+
+    def require(self, name: str, what: str) -> None:
+        """RefusedError, with the reason, if the model lacks the ability that `what` needs."""
+        ability = self.abilities[name]
+        if not ability.ok:
+            raise RefusedError(f"{what} is refused on this model: not so that {MEANING[name]} ({ability.reason}). See `patchscopes check`.")
+
+    @property
+    def route(self) -> Route:
+        """The fastest exact way to run patched prompts and generate from them."""
+        return "stairs" if self.ok("stairs") else "whole" if self.ok("whole") else "hooks"
+
+    @property
+    def readout_route(self) -> Route:
+        """The fastest exact way to the next token of patched prompts."""
+        return "stairs" if self.ok("stairs") else "whole" if self.ok("readout") else "hooks"
+
+
+@torch.no_grad()
+def check(engine: Engine, dtype: torch.dtype) -> Capabilities:
+    """Measure all abilities. Random numbers are seeded; the model is left as it was."""
+    tolerance = SHARE_OF_LARGEST.get(dtype, 1e-4)
+    generator = torch.Generator().manual_seed(0)
+    top = engine.n_layers
+    low = min(3, engine.vocab - 1)
+    ids = torch.randint(low, engine.vocab, (1, PROMPT), generator=generator).to(engine.device)
+    plain = engine.read(ids, range(top + 1))
+    reference = plain.logits
+    scale = float(reference.float().abs().max()) or 1.0
+
+    def random_vector(layer: int) -> Tensor:
+        like = plain.h[layer][..., 0, 0, :]
+        return (torch.randn(like.shape, generator=generator) * float(plain.h[layer].float().std())).to(like)
+
+    layers = sorted({top, *torch.randint(0, top, (5,), generator=generator).tolist(), 1, 0})
+    rows = [Row(Site("resid", l), (7, 9, PROMPT - 1, 8)[k % 4], random_vector(l)) for k, l in enumerate(layers)]
+    rows = [rows[k] for k in torch.randperm(len(rows), generator=generator).tolist()]
+
+    def continued(route: Route, texts: list[list[int]]) -> Tensor:
+        """Logits before and after each of the first tokens of given texts: what decoding sees, with the tokens held fixed."""
+        stem = Stem(engine, ids, rows, route=route)
+        walked = stem.walk(rows, [PROMPT - 1], caching=True)
+        steps = [walked.logits[:, 0]]
+        said = torch.tensor(texts, device=ids.device)
+        for t in range(said.shape[1]):
+            steps.append(engine.forward(said[:, t : t + 1], offset=PROMPT + t, cache=walked.cache, keep=[0])[:, 0])
+        return torch.stack(steps, 1)
+
+    said = [g.tokens for g in generate(engine, ids, rows, Decoding(STEPS), route="hooks", seeds=[])]
+
+    def oracle(length: int) -> Tensor:
+        out = []
+        for row, text in zip(rows, said, strict=True):
+            whole = torch.cat([ids, torch.tensor([text[:length]], dtype=ids.dtype, device=ids.device)], 1)
+            out.append(Stem(engine, whole, [row], route="hooks").walk([row], range(PROMPT - 1, PROMPT + length)).logits[0])
+        return torch.stack(out)
+
+    def cached_decoding() -> Tensor:
+        cache = engine.new_cache()
+        if cache is None:
+            raise RefusedError("the model takes no cache")
+        engine.forward(ids[:, :-2], cache=cache, keep=[0])
+        return torch.cat([engine.forward(ids[:, t : t + 1], offset=t, cache=cache, keep=[0]) for t in (PROMPT - 2, PROMPT - 1)], 1)
+
+    def cached_oracle() -> Tensor:
+        """For models whose one-token step differs from their own full pass: hooks in the prompt pass, then their own steps."""
+        hooks, found = [], []
+        for row, text in zip(rows, said, strict=True):
+            cache = engine.new_cache()
+
+            def put(x: Tensor, row: Row = row) -> Tensor:
+                assert row.value is not None
+                x = x.clone()
+                x[..., 0, row.position, :] = row.value
+                return x
+
+            hooks = [engine.at_site(row.site, put)]
+            with hooked(hooks):
+                steps = [engine.forward(ids, cache=cache, keep=[PROMPT - 1])[0, 0]]
+            for t, token in enumerate(text):
+                step = torch.tensor([[token]], device=ids.device)
+                steps.append(engine.forward(step, offset=PROMPT + t, cache=cache, keep=[0])[0, 0])
+            found.append(torch.stack(steps))
+        return torch.stack(found)
+
+    def padded() -> Tensor:
+        pads = 3
+        both = torch.cat([ids[:, :pads], ids], 1).repeat(2, 1)
+        mask = torch.ones_like(both)
+        mask[0, :pads] = 0
+        return engine.forward(both, mask=mask, positions=(mask.cumsum(-1) - 1).clamp(min=0))[:1, pads:]
+
+    def in_batch() -> Tensor:
+        other = torch.randint(low, engine.vocab, (3, PROMPT), generator=generator).to(engine.device)
+        return engine.forward(torch.cat([other, ids]))[-1:]
+
+    def no_op() -> Tensor:
+        sites = [Site("resid", l) for l in range(top + 1)]
+        with hooked(engine.at_site(site, torch.clone) for site in sites):
+            return engine.forward(ids)
+
+    def onto_itself() -> Tensor:
+        same = [Row(Site("resid", l), PROMPT - 2, plain.h[l][..., 0, PROMPT - 2, :]) for l in range(top + 1)]
+        return next_logits(engine, ids, same, "hooks")
+
+    def zeroed() -> Tensor:
+        with hooked([on_output(engine.blocks[top // 2], torch.zeros_like)]):
+            return engine.forward(ids)
+
+    found: dict[str, Ability] = {}
+
+    def measure(name: str, compute: Callable[[], Tensor], against: Callable[[], Tensor] | Tensor, allowed: float = tolerance) -> None:
+        try:
+            expected = against() if callable(against) else against
+            error = float((compute() - expected).float().abs().max()) / scale
+        except (RuntimeError, LookupError, AttributeError, TypeError, ValueError, NotImplementedError, PatchscopesError) as e:
+            found[name] = Ability(False, math.nan, f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}")
+            return
+        ok = error <= allowed
+        found[name] = Ability(ok, error, "" if ok else f"off by {error:.1e} of the largest logit, allowed {allowed:.0e}")
+
+    measure("hooks_seen", zeroed, reference)
+    moved = found["hooks_seen"].error
+    found["hooks_seen"] = Ability(moved > 1e-6, moved, "" if moved > 1e-6 else "zeroing a block's output changed nothing")
+    measure("no_op", no_op, reference, allowed=0.0)
+    measure("identity", onto_itself, reference[:, -1])
+    measure("unembed", lambda: engine.unembed(plain.h[top][..., 0, :, :]), reference[0])
+    measure("decoding", cached_decoding, reference[:, -2:])
+    # Zamba-2 and Nemotron-H clamp the time step in a long pass and not in a one-token step (transformers 5.23): close, not equal
+    truth = cached_oracle if tolerance < found["decoding"].error < 1e-2 else lambda: oracle(STEPS)
+    measure("stairs", lambda: continued("stairs", said), truth)
+    measure("whole", lambda: continued("whole", said), truth)
+    measure("readout", lambda: next_logits(engine, ids, rows, "whole"), lambda: oracle(0)[:, 0])
+    measure("left_padding", padded, reference)
+    measure("rows_independent", in_batch, reference)
+    lacking = [b for b, writers in enumerate(engine.anatomy.writers) if not writers]
+    reason = f"no module outputs add up to what blocks {lacking} add" if lacking else ""
+    found["writers"] = Ability(not lacking, 0.0 if not lacking else math.nan, reason)
+    return Capabilities(found, tolerance)
