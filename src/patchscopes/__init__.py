@@ -1,0 +1,48 @@
+"""patchscopes: turn hidden states of language models into words, and see whether the words can be believed.
+
+    import patchscopes as ps
+
+    model = ps.load("atlas")
+    source = ps.Source(model, "Yesterday we talked about France", position="France", layer="all")
+    print(ps.scopes.extract("The capital of {x} is")(source))
+
+Names are imported when first used, so that `import patchscopes` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from patchscopes import maps, scopes
+    from patchscopes.core.edits import Edit
+    from patchscopes.core.errors import PatchscopesError
+    from patchscopes.model import Model, Tokens, load
+    from patchscopes.scopes import Patchscope, Readings, Source
+
+_HOMES = {
+    "Edit": "patchscopes.core.edits",
+    "PatchscopesError": "patchscopes.core.errors",
+    "Model": "patchscopes.model",
+    "Tokens": "patchscopes.model",
+    "load": "patchscopes.model",
+    "Patchscope": "patchscopes.scopes",
+    "Readings": "patchscopes.scopes",
+    "Source": "patchscopes.scopes",
+}
+_FAMILIES = ("maps", "scopes")
+
+__all__ = ["Edit", "Model", "Patchscope", "PatchscopesError", "Readings", "Source", "Tokens", "load", "maps", "scopes"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _FAMILIES:
+        return importlib.import_module(f"patchscopes.{name}")
+    raise AttributeError(f"module 'patchscopes' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

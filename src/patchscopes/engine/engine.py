@@ -47,7 +47,12 @@ class Engine:
         self.blocks = self.anatomy.blocks
         self.n_layers = self.anatomy.n_layers
         self.config: Any = model.config
-        self.vocab: int = self.config.get_text_config(decoder=True).vocab_size
+        text_config = self.config.get_text_config(decoder=True)
+        self.vocab: int = text_config.vocab_size
+        # the longest sequence, in tokens; None if the config names no limit
+        self.context: int | None = next(
+            (int(n) for name in ("max_position_embeddings", "n_positions", "max_seq_len") if (n := getattr(text_config, name, None))), None
+        )
         self.anatomy = replace(self.anatomy, batch_axes=self._measure_batch_axes())
 
     # -------------------------------------------------------------------------------------------------------- forward

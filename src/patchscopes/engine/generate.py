@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from patchscopes.engine.engine import Engine
-from patchscopes.engine.patch import Route, Row, Stem
+from patchscopes.engine.patch import Route, Row, Stem, Walked
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,50 @@ class Generated:
 
 @torch.no_grad()
 def generate(
-    engine: Engine, target: Int[Tensor, "1 pos"], rows: Sequence[Row], decoding: Decoding, *, route: Route = "stairs", seeds: Sequence[int]
+    engine: Engine,
+    target: Int[Tensor, "1 pos"],
+    rows: Sequence[Row],
+    decoding: Decoding,
+    *,
+    route: Route = "stairs",
+    seeds: Sequence[int] = (),
+    done: Callable[[int], None] = lambda rows: None,
 ) -> list[Generated]:
-    """Continue `target` in every row. `seeds`: one a row, used if the temperature is not 0."""
+    """Continue `target` in every row. `seeds`: one a row, needed if the temperature is not 0. `done` hears how many rows have finished."""
     last = target.shape[1] - 1
     caching = decoding.max_new_tokens > 1 and route != "hooks"
     stem = Stem(engine, target, rows, route=route, caching=caching)
-    walked = stem.walk(rows, [last], caching=caching)
-    first, ratios = walked.logits[:, 0], walked.norm_ratio.tolist()
-    samplers = [torch.Generator().manual_seed(seed) for seed in seeds] if decoding.temperature else []
+    order = sorted(range(len(rows)), key=lambda r: stem.join(rows[r]))  # rows that skip as many blocks run together
+    size = rows_at_once(engine, last + decoding.max_new_tokens)
+    found: dict[int, Generated] = {}
+    for chunk in (order[i : i + size] for i in range(0, len(order), size)):
+        walked = stem.walk([rows[r] for r in chunk], [last], caching=caching)
+        samplers = [torch.Generator().manual_seed(seeds[r]) for r in chunk] if decoding.temperature else []
+        said = _decode(engine, target, [rows[r] for r in chunk], walked, decoding, samplers)
+        for k, r in enumerate(chunk):
+            found[r] = Generated(said[k], walked.logits[k, 0], float(walked.norm_ratio[k]))
+        done(len(chunk))
+    return [found[r] for r in range(len(rows))]
+
+
+def rows_at_once(engine: Engine, length: int) -> int:
+    """Rows of `length` tokens whose keys, values and logits fit into an eighth of the free memory; at most 1024."""
+    number = next(engine.model.parameters()).element_size()
+    d_model = engine.config.get_text_config(decoder=True).hidden_size
+    row = 3 * engine.n_layers * 2 * d_model * length * number + 3 * 4 * engine.vocab
+    if engine.device.type == "cuda":
+        free = torch.cuda.mem_get_info(engine.device)[0]
+    else:
+        free = 8 * 2**30
+    return max(1, min(1024, free // 8 // row))
+
+
+def _decode(
+    engine: Engine, target: Tensor, rows: Sequence[Row], walked: Walked, decoding: Decoding, samplers: list[torch.Generator]
+) -> list[list[int]]:
+    last = target.shape[1] - 1
     said: list[list[int]] = [[] for _ in rows]
-    alive, logits, cache = list(range(len(rows))), first, walked.cache
+    alive, logits, cache = list(range(len(rows))), walked.logits[:, 0], walked.cache
     for step in range(decoding.max_new_tokens):
         chosen = _choose(logits, [samplers[r] for r in alive] if samplers else [], decoding.temperature)
         going = []
@@ -79,7 +112,7 @@ def generate(
             logits = engine.forward(chosen[:, None], offset=last + 1 + step, cache=cache, keep=[0])[:, 0]
         else:
             logits = torch.stack([_rerun(engine, target, rows[r], said[r]) for r in alive])
-    return [Generated(said[r], first[r], ratios[r]) for r in range(len(rows))]
+    return said
 
 
 def _rerun(engine: Engine, target: Int[Tensor, "1 pos"], row: Row, said: list[int]) -> Float[Tensor, " vocab"]:

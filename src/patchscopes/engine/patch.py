@@ -38,7 +38,10 @@ ROUTES: tuple[Route, ...] = ("stairs", "whole", "hooks")
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One patched run: `value` [d_model] is written at `site` and `position` of target number `target`; None: nothing is."""
+    """One patched run: `value` [d_model] is written at `site` and `position` of target number `target`.
+
+    value None: nothing is written, and `position` is the first whose logits are wanted.
+    """
 
     site: Site
     position: int
@@ -74,7 +77,7 @@ class Stem:
         caching: bool = True,
     ):
         self.engine, self.targets, self.route = engine, targets, route
-        self.start = min((row.position for row in rows if row.value is not None), default=targets.shape[1] - 1)
+        self.start = min(row.position for row in rows)
         if len(targets) > 1:  # texts differ from somewhere on; the prefix must not reach that far
             self.start = min(self.start, _common_prefix(targets))
         if route != "stairs":
@@ -83,7 +86,7 @@ class Stem:
         self.prefix = engine.new_cache() if self.start or caching else None
         self.base_cache: Any = None
         self.base: Reading | None = None
-        self.layers = sorted({self._join(row) for row in rows})
+        self.layers = sorted({self.join(row) for row in rows})
 
     @torch.no_grad()
     def prepare(self, keep: Sequence[int]) -> None:
@@ -100,7 +103,7 @@ class Stem:
         relative = [k - self.start for k in keep]
         self.base = engine.read(suffix, self.layers, offset=self.start, cache=self.base_cache, keep=relative)
 
-    def _join(self, row: Row) -> int:
+    def join(self, row: Row) -> int:
         """The layer at which a row leaves the base run."""
         return row.site.index if row.value is not None else self.engine.n_layers
 
@@ -112,11 +115,11 @@ class Stem:
         self.prepare(keep)
         engine, base, start = self.engine, self.base, self.start
         assert base is not None
-        order = sorted(range(len(rows)), key=lambda r: self._join(rows[r]))  # the first to join come first
+        order = sorted(range(len(rows)), key=lambda r: self.join(rows[r]))  # the first to join come first
         some = [rows[r] for r in order]
         device = self.targets.device
         target_of = torch.tensor([row.target for row in some], device=device)
-        joins = [self._join(row) for row in some]
+        joins = [self.join(row) for row in some]
         n, first = len(some), joins[0]
         present = [sum(join <= layer for join in joins) for layer in range(engine.n_layers + 1)]
         ratios = torch.ones(n, device=device)
@@ -177,14 +180,20 @@ class Stem:
 
     def _write(self, x: Tensor, rows: list[Row], which: slice, name: str, ratios: Tensor, block: int | None = None) -> None:
         """Write the vectors of rows `which` with a site called `name` (in `block`) into x, a tensor of ours."""
-        for r in range(*which.indices(len(rows))):
-            row = rows[r]
-            if row.value is None or row.site.name != name or (block is not None and row.site.index != block):
-                continue
-            old = x[..., r, row.position - self.start, :]
-            new = written(row.value, old, row.write)
-            ratios[r] = (new.float().norm() / old.float().norm()).to(ratios)
-            x[..., r, row.position - self.start, :] = new
+        mine = [
+            r
+            for r in range(*which.indices(len(rows)))
+            if rows[r].value is not None and rows[r].site.name == name and (block is None or rows[r].site.index == block)
+        ]
+        for write in {rows[r].write for r in mine}:
+            some = [r for r in mine if rows[r].write == write]
+            index = torch.tensor(some, device=x.device)
+            place = torch.tensor([rows[r].position - self.start for r in some], device=x.device)
+            old = x[..., index, place, :]
+            new = written(torch.stack([rows[r].value for r in some], -2).to(x), old, write)  # type: ignore[arg-type]
+            x[..., index, place, :] = new
+            ratio = new.float().norm(dim=-1) / old.float().norm(dim=-1)
+            ratios[index.to(ratios.device)] = ratio.reshape(-1, len(some)).mean(0).to(ratios)  # the mean over streams, mostly one
 
     @torch.no_grad()
     def _walk_by_hooks(self, rows: Sequence[Row], keep: Sequence[int]) -> Walked:

@@ -1,0 +1,103 @@
+"""Readings as a table for a terminal or a notebook: every reading beside what its controls say."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import polars as pl
+from rich.table import Table
+from rich.text import Text
+
+from patchscopes.model.tokens import visible
+
+SHOWN = 200  # readings at most
+WORDS = 70  # characters of a text
+MARK = {"above": "above", "same": "same", "not run": "not run"}
+STYLE = {"above": "bold green", "same": "dim", "not run": "yellow"}
+
+
+def _columns(readings: pl.DataFrame) -> list[tuple[str, str]]:
+    """(column of the table, heading) of what differs between cells, then the numbers."""
+    keys = [("prompt_text", "prompt"), ("token", "token"), ("source_layer", "ℓ"), ("target", "T"), ("target_layer", "ℓ*"), ("map", "map"), ("draw", "draw")]
+    varying = [(c, h) for c, h in keys if c == "source_layer" or readings[c].n_unique() > 1]
+    if readings["target_layer"].equals(readings["source_layer"]):
+        varying = [(c, h) for c, h in varying if c != "target_layer"]
+    return varying
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "" if value is None or value != value else f"{value:+.{digits}f}"
+
+
+def _short(text: str | None) -> str:
+    shown = visible(text or "").replace("␣", " ")
+    return shown if len(shown) <= WORDS else shown[: WORDS - 1] + "…"
+
+
+def rows(table: pl.DataFrame) -> tuple[list[str], list[list[str]], list[str]]:
+    """Headings, cells and verdicts of the readings in a table, at most `SHOWN`."""
+    readings = table.filter(pl.col("control") == "none")
+    columns = _columns(readings)
+    evidence = readings["verdict"].ne("not run").any()
+    headings = [h for _, h in columns] + ["says", "surprisal"]
+    if evidence:
+        headings += ["nothing", "random", "others", "text", "p"]
+    headings.append("verdict")
+    cells, verdicts = [], []
+    for row in readings.head(SHOWN).iter_rows(named=True):
+        cell = [str(row[c]) if c not in ("token", "prompt_text") else _short(row[c]) for c, _ in columns]
+        surprisal = "" if row["surprisal"] is None else f"{row['surprisal']:.1f}"
+        cell += [_short(row["text"]) or "(nothing)", surprisal]
+        if evidence:
+            cell += [_number(row[f"bits_over_{k}"]) for k in ("nothing", "random", "others", "text")]
+            cell.append("" if row["p_value"] is None else f"{row['p_value']:.2f}")
+        cells.append([*cell, MARK[row["verdict"]]])
+        verdicts.append(row["verdict"])
+    return headings, cells, verdicts
+
+
+def controls(table: pl.DataFrame) -> list[tuple[str, str]]:
+    """(control, the text it brought forth most) for each kind of control in the table."""
+    names = {"nothing": "nothing patched in", "random": "a random vector", "other": "another source", "mean": "the mean vector", "text": "the words alone"}
+    found = []
+    for kind, name in names.items():
+        texts = table.filter(pl.col("control") == kind)["text"]
+        if len(texts):
+            top = texts.value_counts(sort=True, name="n").row(0, named=True)
+            share = f" ({top['n']} of {len(texts)})" if texts.n_unique() > 1 else ""
+            found.append((name + share, _short(top["text"]) or "(nothing)"))
+    return found
+
+
+def _title(provenance: dict[str, Any]) -> str:
+    scope = provenance.get("scope", {})
+    return f"{scope.get('name', 'patchscope')}: {_short((scope.get('targets') or [{}])[0].get('text', ''))}"
+
+
+def _caption(table: pl.DataFrame) -> str:
+    n = table.filter(pl.col("control") == "none").height
+    more = f"  (the first {SHOWN} of {n} readings; all are in .table)" if n > SHOWN else ""
+    lines = [f"{name}: {text}" for name, text in controls(table)]
+    return "\n".join(["What the same scope says without this state:", *lines]) + more if lines else "controls: not run" + more
+
+
+def as_rich(table: pl.DataFrame, provenance: dict[str, Any]) -> Table:
+    """A rich table; bits are evidence over each control."""
+    headings, cells, verdicts = rows(table)
+    shown = Table(title=Text(_title(provenance)), caption=Text(_caption(table)), caption_justify="left", title_justify="left")
+    for heading in headings:
+        numeric = heading in ("ℓ", "ℓ*", "T", "draw", "surprisal", "nothing", "random", "others", "text", "p")
+        shown.add_column(heading, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
+    for cell, verdict in zip(cells, verdicts, strict=True):
+        shown.add_row(*(Text(c) for c in cell[:-1]), Text(cell[-1], style=STYLE[verdict]))
+    return shown
+
+
+def as_html(table: pl.DataFrame, provenance: dict[str, Any]) -> str:
+    """The same as HTML, with everything that a model said escaped."""
+    headings, cells, _ = rows(table)
+    head = "".join(f"<th>{html.escape(h)}</th>" for h in headings)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cell) + "</tr>" for cell in cells)
+    caption = html.escape(_caption(table)).replace("\n", "<br>")
+    return f"<table><caption>{html.escape(_title(provenance))}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{caption}</p>"
