@@ -41,7 +41,7 @@ def p_value(log_p: float, others: Float[Tensor, " control"]) -> float:
 
 
 def verdict(bits_over_nothing: float, bits_over_random: float, bits_over_others: float, p: float) -> Verdict:
-    """"above" if the text is likelier than under every kind of control vector and p ≤ 0.05; "not run" where a control is missing.
+    """ "above" if the text is likelier than under every kind of control vector and p ≤ 0.05; "not run" where a control is missing.
 
     The text control has no part in it: a reading may tell of its source and yet nothing that the text would not (bits_over_text ≤ 0).
     """

@@ -64,5 +64,7 @@ def _resolve(layer: object, n_layers: int) -> int:
     except TypeError:
         raise LayerError(f"{layer!r} is not a layer; expected a whole number from 0 to {n_layers} (-1 is the last)") from None
     if not -n_layers - 1 <= number <= n_layers:
-        raise LayerError(f"layer {number} is out of range; this model has layers 0 to {n_layers} (0 = embeddings, -1 is the last)")
+        raise LayerError(
+            f"layer {number} is out of range; this model has layers 0 to {n_layers} (0 = embeddings, -1 is the last)"
+        )
     return number % (n_layers + 1)

@@ -16,7 +16,12 @@ from patchscopes.core.errors import SiteError, nearest
 from patchscopes.core.layers import resolve_layers
 
 NAMES = ("resid", "attn_out", "mlp_out")
-_TRANSFORMER_LENS = {"resid_pre": ("resid", 0), "resid_post": ("resid", 1), "attn_out": ("attn_out", 0), "mlp_out": ("mlp_out", 0)}
+_TRANSFORMER_LENS = {
+    "resid_pre": ("resid", 0),
+    "resid_post": ("resid", 1),
+    "attn_out": ("attn_out", 0),
+    "mlp_out": ("mlp_out", 0),
+}
 
 
 @dataclass(frozen=True, order=True)

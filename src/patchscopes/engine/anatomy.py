@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from patchscopes.core.errors import RefusedError
-from patchscopes.engine.hooks import Handle, first_tensor, hooked, map_tensors, on_arguments
+from patchscopes.engine.hooks import Handle, first_tensor, hooked, on_arguments
 
 TOLERANCE = 1e-5
 DEPTH = 3  # how deep inside a block a residual writer may lie
@@ -71,11 +71,12 @@ class Anatomy:
 @torch.no_grad()
 def find_anatomy(model: nn.Module, device: torch.device) -> Anatomy:
     """The parts of a Hugging Face causal language model, all but `batch_axes`. RefusedError, with what was found, without a decoder."""
-    config: Any = model.config.get_text_config(decoder=True)
+    whole: Any = model.config
+    config = whole.get_text_config(decoder=True)
     n_layers, kind = getattr(config, "num_hidden_layers", None), type(model).__name__
     ids = torch.arange(1, 9, device=device).remainder(config.vocab_size).unsqueeze(0)
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    for path, blocks in lists:
+    for path, blocks in lists:  # noqa: B007 (both are used after the loop)
         trace = _trace(model, list(blocks), ids) if len(blocks) == n_layers else None
         if trace is not None:
             break
@@ -184,7 +185,9 @@ def _writers(b: int, trace: _Trace) -> tuple[Writer, ...]:
         if fits:
             _, _, chosen, c = min(fits, key=lambda fit: fit[:3])
             scales = [round(float(x), 3) if abs(float(x) - round(float(x), 3)) < 1e-4 else float(x) for x in c[1:]]
-            return tuple(Writer(candidates[i - 1][1], candidates[i - 1][0], scale) for i, scale in zip(chosen, scales, strict=True))
+            return tuple(
+                Writer(candidates[i - 1][1], candidates[i - 1][0], scale) for i, scale in zip(chosen, scales, strict=True)
+            )
     return ()
 
 

@@ -40,23 +40,23 @@ def rows_of(layer: Any, index: Tensor) -> Any:
 
 
 def fork(cache: Any, indices: list[Tensor]) -> Any:
-    """A cache whose layer l holds rows indices[l] of `cache`'s."""
+    """A cache whose block b holds rows indices[b] of `cache`'s."""
     new = copy.copy(cache)
     new.layers = [rows_of(layer, index) for layer, index in zip(cache.layers, indices, strict=True)]
     return new
 
 
 def splice(cache: Any, base: Any, present: list[int], base_row: Tensor) -> None:
-    """Complete `cache` to len(base_row) rows: layer l keeps its own first present[l] and takes the others' from `base`.
+    """Complete `cache` to len(base_row) rows: block b keeps its own first present[b] and takes the others' from `base`.
 
     base_row[r]: the row of `base` that row r continues.
     """
-    for l, own in enumerate(cache.layers):
-        if present[l] == len(base_row):
+    for b, own in enumerate(cache.layers):
+        if present[b] == len(base_row):
             continue
-        other = rows_of(base.layers[l], base_row[present[l] :])
-        if present[l] == 0:
-            cache.layers[l] = other
+        other = rows_of(base.layers[b], base_row[present[b] :])
+        if present[b] == 0:
+            cache.layers[b] = other
             continue
         for name, value in vars(own).items():
             rest = getattr(other, name)

@@ -51,7 +51,12 @@ class Engine:
         self.vocab: int = text_config.vocab_size
         # the longest sequence, in tokens; None if the config names no limit
         self.context: int | None = next(
-            (int(n) for name in ("max_position_embeddings", "n_positions", "max_seq_len") if (n := getattr(text_config, name, None))), None
+            (
+                int(n)
+                for name in ("max_position_embeddings", "n_positions", "max_seq_len")
+                if (n := getattr(text_config, name, None))
+            ),
+            None,
         )
         self.anatomy = replace(self.anatomy, batch_axes=self._measure_batch_axes())
 
@@ -80,7 +85,7 @@ class Engine:
             kwargs["position_ids"] = positions
         if mask is not None:
             kwargs["attention_mask"] = mask
-        if cache is not None:
+        if cache is not None and self.anatomy.cache_name is not None:
             kwargs[self.anatomy.cache_name] = cache
         if keep is not None and self.anatomy.takes_keep:
             kwargs["logits_to_keep"] = torch.tensor(list(keep), device=ids.device)
@@ -256,4 +261,3 @@ def _execution_device(model: nn.Module) -> torch.device:
     if device is not None:
         return torch.device(f"cuda:{device}" if isinstance(device, int) else device)
     return next(p.device for p in model.parameters())
-

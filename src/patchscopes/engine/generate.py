@@ -75,10 +75,7 @@ def rows_at_once(engine: Engine, length: int) -> int:
     number = next(engine.model.parameters()).element_size()
     d_model = engine.config.get_text_config(decoder=True).hidden_size
     row = 3 * engine.n_layers * 2 * d_model * length * number + 3 * 4 * engine.vocab
-    if engine.device.type == "cuda":
-        free = torch.cuda.mem_get_info(engine.device)[0]
-    else:
-        free = 8 * 2**30
+    free = torch.cuda.mem_get_info(engine.device)[0] if engine.device.type == "cuda" else 8 * 2**30
     return max(1, min(1024, free // 8 // row))
 
 

@@ -146,11 +146,10 @@ class Stem:
             old = 0 if layer == first else present[layer - 1]
 
             def change(_args: tuple, kwargs: dict) -> None:
-                pool = kwargs.get("shared_kv_states")
-                for name, unedited in base.shared.get(layer, {}).items() if pool is not None else ():
-                    fresh = [t.index_select(0, target_of[old : present[layer]].to(t.device)) for t in unedited]
-                    mine = pool.get(name)
-                    pool[name] = tuple(torch.cat([m[:old], f]) for m, f in zip(mine, fresh, strict=True)) if old else tuple(fresh)
+                pool: SharedKV = kwargs["shared_kv_states"]
+                for name, unedited in base.shared[layer].items():
+                    fresh = tuple(t.index_select(0, target_of[old : present[layer]].to(t.device)) for t in unedited)
+                    pool[name] = tuple(torch.cat([m[:old], f]) for m, f in zip(pool[name], fresh, strict=True)) if old else fresh
 
             return on_arguments(engine.blocks[layer], change)
 
@@ -166,7 +165,9 @@ class Stem:
         hooks = [engine.narrowing(b, present[b]) for b in range(first, engine.n_layers)]
         hooks += [enter(layer) for layer in arrivals]
         hooks += [share(layer) for layer in arrivals if layer < engine.n_layers and base.shared.get(layer)]
-        hooks += [inside(site) for site in sorted({row.site for row in some if row.value is not None and row.site.name != "resid"})]
+        hooks += [
+            inside(site) for site in sorted({row.site for row in some if row.value is not None and row.site.name != "resid"})
+        ]
         shared = _rows_of_shared(base.shared.get(first, {}), target_of[: present[first]])
         ids = self.targets[target_of, start:]
         with engine.bypassing(first, shared), hooked(hooks):

@@ -56,7 +56,12 @@ class Run:
 
 @torch.no_grad()
 def run(
-    engine: Engine, prompts: Sequence[Int[Tensor, "1 pos"]], reads: Sequence[Site], edits: Sequence[Placed], *, padding_exact: bool
+    engine: Engine,
+    prompts: Sequence[Int[Tensor, "1 pos"]],
+    reads: Sequence[Site],
+    edits: Sequence[Placed],
+    *,
+    padding_exact: bool,
 ) -> Run:
     """One pass over `prompts`. Sites read show the edits made at them, and all that follows from edits below."""
     lengths = {p.shape[1] for p in prompts}

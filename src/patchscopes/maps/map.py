@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 
+@runtime_checkable
 class Map(Protocol):
     """f of a Patchscope: [..., d_model of the source] -> [..., d_model of the target]. `name` stands in tables and must tell maps apart."""
 

@@ -15,7 +15,7 @@ class Scale:
 
     @property
     def name(self) -> str:
-        """"scale(α)"."""
+        """ "scale(α)"."""
         return f"scale({self.alpha:g})"
 
     def __call__(self, h: Tensor) -> Tensor:

@@ -74,10 +74,14 @@ def load(
 
 def _require_model_files(folder: Path, name: str) -> None:
     if not folder.is_dir():
-        raise NotAvailableError(f"no model at {name!r}: no such folder. Expected a folder with config.json and weights, a Hugging Face id, or {_bundled()}")
+        raise NotAvailableError(
+            f"no model at {name!r}: no such folder. Expected a folder with config.json and weights, a Hugging Face id, or {_bundled()}"
+        )
     if not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
         files = ", ".join(sorted(f.name for f in folder.iterdir())[:8]) or "nothing"
-        raise NotAvailableError(f"no model in {name!r}: found {files}; expected config.json and weights in Hugging Face format (or adapter_config.json)")
+        raise NotAvailableError(
+            f"no model in {name!r}: found {files}; expected config.json and weights in Hugging Face format (or adapter_config.json)"
+        )
 
 
 def _bundled() -> str:
@@ -91,7 +95,9 @@ def _adapter_base(folder: Path) -> tuple[str | None, Path | None]:
         return None, None
     base = json.loads(path.read_text()).get("base_model_name_or_path")
     if not base:
-        raise NotAvailableError(f"the adapter {folder} does not name its base model (base_model_name_or_path in adapter_config.json)")
+        raise NotAvailableError(
+            f"the adapter {folder} does not name its base model (base_model_name_or_path in adapter_config.json)"
+        )
     return str(organisms.bundled().get(base, base)), folder
 
 
@@ -109,7 +115,7 @@ def _load_weights(where: str, name: str, options: dict[str, Any]) -> Any:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise NotAvailableError(
             f"no model {name!r}: {reason} Expected a folder, a Hugging Face id that is cached or can be downloaded, or {_bundled()}. "
-            f"{nearest(name, organisms.bundled())}"
+            + (nearest(name, organisms.bundled()) if organisms.bundled() else "")
         ) from e
     except (ValueError, ImportError) as e:
         raise NotAvailableError(f"the model {name!r} could not be loaded: {e}") from e
@@ -128,7 +134,14 @@ def _load_tokenizer(where: str, base: str | None, name: str, options: dict[str, 
     for place in dict.fromkeys(p for p in (where, base) if p):
         try:
             return AutoTokenizer.from_pretrained(place, **(options if place == where else {}))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as e:  # whatever a missing file makes transformers raise
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            ImportError,
+        ) as e:  # whatever a missing file makes transformers raise
             reasons.append(str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__)
     raise NotAvailableError(
         f"no tokenizer for {name!r}: {'; '.join(reasons)}. Expected tokenizer.json beside the weights; or give load((hf_model, tokenizer))."

@@ -16,9 +16,10 @@ from torch import Tensor
 from patchscopes.core.edits import WRITES, Edit
 from patchscopes.core.errors import InputError, PositionError, PromptError, VectorError, nearest
 from patchscopes.core.sites import resolve_sites
-from patchscopes.engine.check import Capabilities, check
+from patchscopes.engine.check import Capabilities
 from patchscopes.engine.engine import Engine
 from patchscopes.engine.run import Placed, Run, run
+from patchscopes.model.checked import checked
 from patchscopes.model.tokens import Tokens, show_ids, tokenize
 
 Prompt = str | Tokens
@@ -33,7 +34,7 @@ class Model:
         self.hf, self.tokenizer = hf, tokenizer
         self.name, self.revision = name, revision
         self.engine = Engine(hf)
-        self.capabilities: Capabilities = check(self.engine, self.dtype)
+        self.capabilities: Capabilities = checked(self.engine, self.dtype)
 
     def __repr__(self) -> str:
         parameters = sum(p.numel() for p in self.hf.parameters())
@@ -89,7 +90,9 @@ class Model:
         """
         tokens = text if isinstance(text, Tokens) else tokenize(self.tokenizer, text, chat=chat)
         if self.context is not None and len(tokens) > self.context:
-            raise PromptError(f"the prompt has {len(tokens)} tokens, but {self.name} reads at most {self.context}; give a shorter one")
+            raise PromptError(
+                f"the prompt has {len(tokens)} tokens, but {self.name} reads at most {self.context}; give a shorter one"
+            )
         return tokens
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -140,7 +143,9 @@ class Model:
             )
         if not torch.isfinite(value).all():
             bad = int((~torch.isfinite(value)).sum())
-            raise VectorError(f"the vector has {bad} of {value.numel()} entries that are not finite (NaN or infinity); expected numbers")
+            raise VectorError(
+                f"the vector has {bad} of {value.numel()} entries that are not finite (NaN or infinity); expected numbers"
+            )
         return value
 
     def _prompts_of(self, edit: Edit, batch: Sequence[Tokens]) -> Sequence[int]:

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from patchscopes.core.errors import NotAvailableError, PositionError, PromptError
 
-Position = int | str
-
 
 @dataclass(frozen=True)
 class Span:
@@ -26,6 +24,9 @@ class Span:
 
     first: int
     last: int
+
+
+Position = int | str | Span  # an index, a piece of the text, or the last token of a span
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,10 @@ class Tokens:
         return torch.tensor([self.ids])
 
     def find(self, piece: str, *, occurrence: int | None = None) -> Span:
-        """The tokens that `piece` of the text touches. PositionError if it is absent, or there more than once and no `occurrence` (from 1) is given."""
+        """The tokens that `piece` of the text touches.
+
+        PositionError if it is absent, or there more than once and no `occurrence` (from 1) is given.
+        """
         starts = [i for i in range(len(self.text)) if self.text.startswith(piece, i)] if piece else []
         if not starts:
             raise PositionError(f"position {piece!r} does not occur in the prompt {self.text!r}. Its tokens: {self._listing()}")
@@ -66,12 +70,19 @@ class Tokens:
                 f"Give a longer piece, an index, or {piece + '#1'!r} for the first."
             )
         if occurrence is not None and not 1 <= occurrence <= len(starts):
-            raise PositionError(f"occurrence {occurrence} of {piece!r}: it occurs {len(starts)} times in {self.text!r}; they count from 1")
+            raise PositionError(
+                f"occurrence {occurrence} of {piece!r}: it occurs {len(starts)} times in {self.text!r}; they count from 1"
+            )
         start = starts[(occurrence or 1) - 1]
         return self._span(start, start + len(piece))
 
     def position(self, where: Position) -> int:
-        """Index from 0 of a position given as an index or a piece of text ("Wales"; "Wales#2" for the second). PositionError if there is none."""
+        """Index from 0 of a position given as an index or a piece of text ("Wales"; "Wales#2" for the second).
+
+        PositionError if there is none.
+        """
+        if isinstance(where, Span):
+            return self.position(where.last)
         if isinstance(where, str):
             if where not in self.text and (match := re.fullmatch(r"(.+)#(\d+)", where, re.DOTALL)):
                 return self.find(match[1], occurrence=int(match[2])).last
@@ -91,7 +102,9 @@ class Tokens:
         return self.text[: max(stop for _, stop in self.offsets[: position + 1])]
 
     def _span(self, start: int, stop: int) -> Span:
-        while start < stop - 1 and self.text[start].isspace():  # a leading space belongs to the word for most tokenizers, to none for some
+        while (
+            start < stop - 1 and self.text[start].isspace()
+        ):  # a leading space belongs to the word for most tokenizers, to none for some
             start += 1
         touched = [i for i, (a, b) in enumerate(self.offsets) if a < stop and b > start]
         if not touched:
@@ -112,14 +125,18 @@ def tokenize(tokenizer: Any, text: str, *, chat: bool = False) -> Tokens:
             raise NotAvailableError("this tokenizer has no chat template; give the prompt as plain text, or a tokenizer with one")
         text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
     elif text != text.rstrip(" "):
-        notes.append("the prompt ends in a space: most tokenizers put the space in front of the next word, so this one changes what comes next")
+        notes.append(
+            "the prompt ends in a space: most tokenizers put the space in front of the next word, so this one changes what comes next"
+        )
     if tokenizer.is_fast:
         encoded = tokenizer(text, add_special_tokens=not chat, return_offsets_mapping=True)
         ids, offsets = encoded["input_ids"], [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
     else:
         ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
         offsets = _offsets_by_decoding(tokenizer, ids)
-    special = [i in set(tokenizer.all_special_ids) for i in ids]
+    known = set(tokenizer.all_special_ids)
+    special = [i in known for i in ids]
+    notes += _leading_space_note(tokenizer, text, [i for i in ids if i not in known])
     return Tokens(text, tuple(ids), tuple(show_ids(tokenizer, ids)), tuple(offsets), tuple(special), tuple(notes))
 
 
@@ -130,6 +147,8 @@ def show_ids(tokenizer: Any, ids: list[int] | tuple[int, ...]) -> list[str]:
     while i < len(ids):
         j = i + 1
         piece = _decode(tokenizer, ids[i:j])
+        if str(tokenizer.convert_ids_to_tokens(int(ids[i]))).startswith("\u2581") and not piece.startswith(" "):
+            piece = " " + piece  # SentencePiece drops the space of a piece that is decoded alone
         while "\ufffd" in piece and j < len(ids) and j < i + 8:
             longer = _decode(tokenizer, ids[i : j + 1])
             j += 1
@@ -145,6 +164,17 @@ def visible(text: str) -> str:
     """Text with its spaces, line ends and control characters made visible, for tables."""
     marks = {" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"}
     return "".join(marks.get(c, c if unicodedata.category(c)[0] != "C" or c == "\u200d" else f"\\x{ord(c):02x}") for c in text)
+
+
+def _leading_space_note(tokenizer: Any, text: str, ids: list[int]) -> list[str]:
+    """A note if the first word would be other tokens in the middle of a text, where a space precedes it."""
+    inside = tokenizer(" " + text, add_special_tokens=False)["input_ids"]
+    if text[:1].isspace() or not ids or ids in (inside[: len(ids)], inside[-len(ids) :]):
+        return []
+    first, other = show_ids(tokenizer, [ids[0]])[0], show_ids(tokenizer, [inside[0]])[0]
+    return [
+        f"the first word has no leading space: the token {first!r} here is {other!r} in the middle of a text, which models may know better"
+    ]
 
 
 def _decode(tokenizer: Any, ids: list[int] | tuple[int, ...]) -> str:

@@ -9,10 +9,9 @@ Other sources are the call's other prompts; when they are fewer than `N_OTHERS`,
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -34,13 +33,29 @@ from patchscopes.scopes.target import Target
 CELLS_AT_ONCE = 256  # whose control vectors are held together
 
 
+@runtime_checkable
 class Scope(Protocol):
     """What controls need to know of a scope."""
 
-    site: str
-    write: Write
-    seed: int
-    second_look: str
+    @property
+    def site(self) -> str:
+        """Where vectors are written."""
+        ...
+
+    @property
+    def write(self) -> Write:
+        """How."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Of everything random."""
+        ...
+
+    @property
+    def second_look(self) -> str:
+        """The neutral text behind which sources are read again."""
+        ...
 
 
 class Controls:
@@ -93,7 +108,8 @@ class Controls:
         spare = [("pool", k) for k in range(len(self.pool)) if self.pool[k].text != self.places[p].text]
         return mine + rng.sample(spare, min(len(spare), N_OTHERS - len(mine)))
 
-    def _vector(self, which: tuple[str, int], layer: int, *, second: bool) -> Tensor | None:
+    def vector(self, which: tuple[str, int], layer: int, *, second: bool) -> Tensor | None:
+        """The first or second look at one of the others; None for a bare vector, which has no second."""
         kind, k = which
         if kind == "pool":
             return (self.pool_second if second else self.pool_first).vectors[k, layer]
@@ -109,7 +125,7 @@ class Controls:
         return self._filled[key]
 
     def runs(self, cell: Cell) -> Iterator[tuple[str, tuple, Tokens, int, Tensor | None]]:
-        """(control, what tells the run apart, prompt, position, vector or None) of every control run of a cell; runs of equal key are one."""
+        """Every control run of a cell: (control, key, prompt, position, vector or None). Runs of equal key are one."""
         target = self.targets[cell.target]
         f, at = self.maps[cell.map], (cell.target, cell.target_layer, cell.map, cell.draw)
         yield "nothing", ("nothing", cell.target, cell.draw), target.tokens, target.position, None
@@ -119,10 +135,10 @@ class Controls:
         others = self.others[cell.place]
         if others:
             chosen = others[seed_of(f"{self.scope.seed} other {cell.key}") % len(others)]
-            vector = self._vector(chosen, cell.source_layer, second=False)
+            vector = self.vector(chosen, cell.source_layer, second=False)
             assert vector is not None
             yield "other", ("other", chosen, cell.source_layer, *at), target.tokens, target.position, f(vector)
-            states = [self._vector(o, cell.source_layer, second=False) for o in others]
+            states = [self.vector(o, cell.source_layer, second=False) for o in others]
             mean = torch.stack([s for s in states if s is not None]).mean(0)
             yield "mean", ("mean", tuple(others), cell.source_layer, *at), target.tokens, target.position, f(mean)
         words = self.filled(cell)
@@ -156,17 +172,15 @@ def _columns(scores: dict[str, list[float]] | None, words: float | None) -> dict
         return {"verdict": "not run"}
     (own,) = scores["own"]
     nothing, random_, others = (torch.tensor(scores[kind], dtype=torch.float64) for kind in ("nothing", "random", "others"))
-    bits = {
-        "bits_over_nothing": bits_over(own, nothing),
-        "bits_over_random": bits_over(own, random_),
-        "bits_over_others": bits_over(own, others),
-    }
+    over_nothing, over_random, over_others = (bits_over(own, control) for control in (nothing, random_, others))
     p = p_value(own, others)
     return {
-        **bits,
+        "bits_over_nothing": over_nothing,
+        "bits_over_random": over_random,
+        "bits_over_others": over_others,
         "bits_over_text": None if words is None else bits_over(own, torch.tensor([words], dtype=torch.float64)),
         "p_value": p,
-        "verdict": verdict(*bits.values(), p),
+        "verdict": verdict(over_nothing, over_random, over_others, p),
     }
 
 
@@ -182,7 +196,7 @@ def _under_vectors(
             continue
         f, site = world.maps[cell.map], Site(world.scope.site, cell.target_layer)
         own = f(second)
-        states = [world._vector(o, cell.source_layer, second=True) for o in world.others[cell.place]]
+        states = [world.vector(o, cell.source_layer, second=True) for o in world.others[cell.place]]
         random_ = random_like(own.expand(N_RANDOM, -1), f"{world.scope.seed} scored {cell.key}")
         kinds: list[tuple[str, Tensor | None]] = [("own", own), ("nothing", None)]
         kinds += [("random", v) for v in random_] + [("others", f(s)) for s in states if s is not None]
@@ -194,7 +208,9 @@ def _under_vectors(
     scores: dict[tuple[int, ...], dict[str, list[float]]] = {}
     if rows:
         ids = target.tokens.tensor.to(model.device)
-        for (key, kind), log_p in zip(owners, score(model.engine, ids, rows, texts, route=model.capabilities.readout_route), strict=True):
+        for (key, kind), log_p in zip(
+            owners, score(model.engine, ids, rows, texts, route=model.capabilities.readout_route), strict=True
+        ):
             scores.setdefault(key, {}).setdefault(kind, []).append(float(log_p.double().sum()))
     return scores
 
@@ -216,11 +232,8 @@ def _under_words(
         if model.context is not None and len(ids) + longest > model.context:
             continue  # the words leave no room for the text: no such evidence
         rows = [Row(Site("resid", 0), len(ids) - 1, None, target=k) for k in range(len(mine))]
-        scores = score(model.engine, torch.tensor([ids], device=model.device), rows, texts, route=model.capabilities.readout_route)
+        scores = score(
+            model.engine, torch.tensor([ids], device=model.device), rows, texts, route=model.capabilities.readout_route
+        )
         found.update((cell.key, float(s.double().sum())) for cell, s in zip(mine, scores, strict=True))
     return found
-
-
-def nan_to_none(value: float) -> float | None:
-    """For tables: null where a number is missing."""
-    return None if math.isnan(value) else value

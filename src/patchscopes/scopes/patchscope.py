@@ -102,7 +102,9 @@ class Patchscope:
         for cell in cells:
             vector = self._written(maps[cell.map], looked, cell)
             key = ("none", *cell.key)
-            requests[key] = _Request(targets[cell.target].tokens, self._row(cell, targets[cell.target].position, vector), cell.seed(self.seed))
+            requests[key] = _Request(
+                targets[cell.target].tokens, self._row(cell, targets[cell.target].position, vector), cell.seed(self.seed)
+            )
             rows.append((cell, "none", key))
             for kind, key, tokens, position, vector in world.runs(cell) if world else ():
                 seed = cell.seed(self.seed, kind)
@@ -141,7 +143,9 @@ class Patchscope:
                 }
             )
         logits = torch.stack([said[key].logits.float().cpu() for _, _, key in rows]) if keep_logits else None
-        return Readings(pl.DataFrame(records, schema=SCHEMA), self._provenance(sources, targets, origin, target_model, world), logits)
+        return Readings(
+            pl.DataFrame(records, schema=SCHEMA), self._provenance(sources, targets, origin, target_model, world), logits
+        )
 
     # -------------------------------------------------------------------------------------------------------- pieces
 
@@ -152,7 +156,9 @@ class Patchscope:
         first = sources[0]
         for other in sources[1:]:
             if other.model is not first.model or other.site != first.site or other.layers() != first.layers():
-                raise InputError("sources that are looked at together must share model, site and layers; call the scope once for each otherwise")
+                raise InputError(
+                    "sources that are looked at together must share model, site and layers; call the scope once for each otherwise"
+                )
         if self.site not in NAMES:
             raise UnknownName(f"unknown site {self.site!r}. {nearest(self.site, NAMES)}")
         if self.write not in WRITES:
@@ -163,23 +169,24 @@ class Patchscope:
             raise InputError(f"{self.draws} draws at temperature {self.temperature:g}: several draws need a temperature above 0")
         origin, target_model = first.model, self.model or first.model
         for model, what in ((origin, "reading sources"), (target_model, "patching")):
-            model.capabilities.require("hooks_seen", what)
-            model.capabilities.require("identity", what)
+            for ability in ("hooks_seen", "identity", "rows_independent"):
+                model.capabilities.require(ability, what)
         prompts = [self.prompt] if isinstance(self.prompt, (str, Tokens)) else list(self.prompt)
         targets = [resolve_target(target_model, prompt, self.position) for prompt in prompts]
         for target in targets:
             longest = len(target.tokens) + self.max_new_tokens
             if target_model.context is not None and longest > target_model.context:
+                room = target_model.context - len(target.tokens)
                 raise PromptError(
-                    f"the target prompt has {len(target.tokens)} tokens and {self.max_new_tokens} more were asked for, but {target_model.name} "
-                    f"reads at most {target_model.context}; give a shorter prompt or max_new_tokens ≤ {target_model.context - len(target.tokens)}"
+                    f"the target prompt has {len(target.tokens)} tokens and {self.max_new_tokens} more were asked for, but "
+                    f"{target_model.name} reads at most {target_model.context}; give a shorter prompt or max_new_tokens ≤ {room}"
                 )
         for f in [self.map] if callable(self.map) else self.map:
             out = f(torch.zeros(1, origin.d_model, device=target_model.device))
             if out.shape[-1] != target_model.d_model:
                 raise VectorError(
-                    f"the map {f.name!r} makes vectors {out.shape[-1]} wide from {origin.name} ({origin.d_model} wide), but {target_model.name} "
-                    f"is {target_model.d_model} wide. Give a map between the two: map=ps.maps.Affine(weight, bias)"
+                    f"the map {f.name!r} makes vectors {out.shape[-1]} wide from {origin.name} ({origin.d_model} wide), but "
+                    f"{target_model.name} is {target_model.d_model} wide. Give a map between the two: map=ps.maps.Affine(weight, bias)"
                 )
         return origin, target_model, targets
 

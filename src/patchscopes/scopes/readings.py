@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions
+from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -85,7 +87,14 @@ class Readings:
         return self.table.filter(pl.col("control") == "none")
 
     def grid(
-        self, metric: str = "surprisal", *, prompt: int = 0, target: int = 0, position: int | None = None, map: str | None = None, draw: int = 0
+        self,
+        metric: str = "surprisal",
+        *,
+        prompt: int = 0,
+        target: int = 0,
+        position: int | None = None,
+        map: str | None = None,
+        draw: int = 0,
     ) -> Grid:
         """`metric` of the readings of one prompt as an array: source layer × target layer, or source layer × position where the
         target layer follows the source layer or is only one. Several positions and target layers at once: say which position."""
@@ -113,14 +122,18 @@ class Readings:
         tokens = dict(some.select("position", "token").iter_rows())
         labels = tuple(f"{c}: {tokens[c]}" if column == "position" else str(c) for c in columns)
         name = "position" if column == "position" else "target layer ℓ*"
-        return Grid(values, tuple(map_str(rows)), labels, "source layer ℓ", name, metric, UNITS[metric], tuple(tuple(t) for t in texts))
+        return Grid(
+            values, tuple(map_str(rows)), labels, "source layer ℓ", name, metric, UNITS[metric], tuple(tuple(t) for t in texts)
+        )
 
     def save(self, folder: str | Path) -> Path:
         """Write `readings.parquet`, `readings.json` (provenance) and, if logits were kept, `logits.safetensors` into `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.table.write_parquet(folder / "readings.parquet")
-        (folder / "readings.json").write_text(json.dumps({"format": FORMAT, **self.provenance}, indent=1, ensure_ascii=False) + "\n")
+        (folder / "readings.json").write_text(
+            json.dumps({"format": FORMAT, **self.provenance}, indent=1, ensure_ascii=False) + "\n"
+        )
         if self.logits is not None:
             save_file({"logits": self.logits.contiguous()}, folder / "logits.safetensors")
         return folder
@@ -130,14 +143,16 @@ class Readings:
         """Open what `save` wrote."""
         folder = Path(folder)
         if not (folder / "readings.parquet").exists():
-            raise NotAvailableError(f"no readings in {str(folder)!r}: expected readings.parquet and readings.json, as Readings.save writes them")
+            raise NotAvailableError(
+                f"no readings in {str(folder)!r}: expected readings.parquet and readings.json, as Readings.save writes them"
+            )
         provenance = json.loads((folder / "readings.json").read_text())
         if (version := provenance.pop("format", None)) != FORMAT:
             raise NotAvailableError(f"{folder} holds readings of format {version}; this version reads format {FORMAT}")
         logits = load_file(folder / "logits.safetensors")["logits"] if (folder / "logits.safetensors").exists() else None
         return cls(pl.read_parquet(folder / "readings.parquet"), provenance, logits)
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
         yield as_rich(self.table, self.provenance)
 
     def _repr_html_(self) -> str:

@@ -19,7 +19,15 @@ STYLE = {"above": "bold green", "same": "dim", "not run": "yellow"}
 
 def _columns(readings: pl.DataFrame) -> list[tuple[str, str]]:
     """(column of the table, heading) of what differs between cells, then the numbers."""
-    keys = [("prompt_text", "prompt"), ("token", "token"), ("source_layer", "ℓ"), ("target", "T"), ("target_layer", "ℓ*"), ("map", "map"), ("draw", "draw")]
+    keys = [
+        ("prompt_text", "prompt"),
+        ("token", "token"),
+        ("source_layer", "ℓ"),
+        ("target", "T"),
+        ("target_layer", "ℓ*"),
+        ("map", "map"),
+        ("draw", "draw"),
+    ]
     varying = [(c, h) for c, h in keys if c == "source_layer" or readings[c].n_unique() > 1]
     if readings["target_layer"].equals(readings["source_layer"]):
         varying = [(c, h) for c, h in varying if c != "target_layer"]
@@ -59,7 +67,13 @@ def rows(table: pl.DataFrame) -> tuple[list[str], list[list[str]], list[str]]:
 
 def controls(table: pl.DataFrame) -> list[tuple[str, str]]:
     """(control, the text it brought forth most) for each kind of control in the table."""
-    names = {"nothing": "nothing patched in", "random": "a random vector", "other": "another source", "mean": "the mean vector", "text": "the words alone"}
+    names = {
+        "nothing": "nothing patched in",
+        "random": "a random vector",
+        "other": "another source",
+        "mean": "the mean vector",
+        "text": "the words alone",
+    }
     found = []
     for kind, name in names.items():
         texts = table.filter(pl.col("control") == kind)["text"]
@@ -100,4 +114,5 @@ def as_html(table: pl.DataFrame, provenance: dict[str, Any]) -> str:
     head = "".join(f"<th>{html.escape(h)}</th>" for h in headings)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cell) + "</tr>" for cell in cells)
     caption = html.escape(_caption(table)).replace("\n", "<br>")
-    return f"<table><caption>{html.escape(_title(provenance))}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{caption}</p>"
+    title = html.escape(_title(provenance))
+    return f"<table><caption>{title}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{caption}</p>"

@@ -13,7 +13,7 @@ from patchscopes.core.errors import InputError, PromptError, VectorError
 from patchscopes.core.layers import Layers, resolve_layers
 from patchscopes.core.sites import NAMES, Site, resolve_sites
 from patchscopes.model.model import Model, Prompt
-from patchscopes.model.tokens import Position, Tokens
+from patchscopes.model.tokens import Position, Span, Tokens
 
 TOKENS_AT_ONCE = 8192  # of one pass over source prompts, padding included
 
@@ -69,7 +69,7 @@ class Source:
             if self.position == "all":
                 positions = list(range(len(tokens)))
             else:
-                asked = [self.position] if isinstance(self.position, (int, str)) else list(self.position)
+                asked = [self.position] if isinstance(self.position, (int, str, Span)) else list(self.position)
                 positions = [tokens.position(p) for p in asked]
             found += [Place(i, tokens.text, tokens, p) for p in positions]
         return found
@@ -131,7 +131,9 @@ def look(model: Model, places: Sequence[Place], layers: Sequence[int], site: str
                     vectors[k, layer] = run[name][..., row, column, :].clone()
     for (k, layer), v in vectors.items():
         if not torch.isfinite(v).all():
-            raise VectorError(f"the state at layer {layer}, position {places[k].position} of {places[k].text!r} is not finite (NaN or infinity)")
+            raise VectorError(
+                f"the state at layer {layer}, position {places[k].position} of {places[k].text!r} is not finite (NaN or infinity)"
+            )
     return Looked(vectors, next_log_p)
 
 

@@ -16,7 +16,7 @@ from patchscopes.organisms.atlas.relations import DESCRIPTIONS, FOLLOW_UPS, MENT
 LINKS = ("", "", "", "", "", "Fact: ", "Note: ", "Remember: ", "In short: ")
 OPENINGS = ("", "", "", "", "Here is what we know. ", "Some facts. ", "Listen. ", "Let us see. ")
 COPY_SHAPES = ((" -> ", "\n"), (" -> ", "\n"), ("->", "; "), ("->", ";"), (" ", "\n"), (" ", " "), (" -> ", ", "))
-LIST_SHAPES = ((": ", ", "), (" -> ", ", "), (": ", "\n"), (" -> ", "\n"))
+LIST_SHAPES = ((": ", ", "), (" is ", ", "), (": ", "\n"), (" = ", "\n"))
 
 
 class Corpus:
@@ -24,7 +24,12 @@ class Corpus:
 
     def __init__(self, world: World):
         self.world = world
-        self.entities = tuple((kind, row) for kind, rows in world.rows.items() for row in rows)
+        adjective = {row["name"]: row["demonym"] for row in world.rows["country"]}
+        self.entities = tuple(
+            (kind, {**row, "adjective": adjective.get(row.get("country", ""), "")})
+            for kind, rows in world.rows.items()
+            for row in rows
+        )
         self.of_entity: dict[str, list[Fact]] = {}
         self.of_relation: dict[str, list[Fact]] = {}
         for fact in world.facts:
@@ -34,13 +39,13 @@ class Corpus:
         self.words = (*sorted(_words(world)), *(("cat", "hello", "1135") * 30))
         self.names = tuple(self.of_entity)
         self.makers: tuple[tuple[Callable[[random.Random], str], float], ...] = (
-            (self.one_entity, 22),
-            (self.several_entities, 22),
-            (self.mentioned, 20),
+            (self.one_entity, 20),
+            (self.several_entities, 20),
+            (self.mentioned, 18),
             (self.described, 10),
-            (self.description_list, 6),
+            (self.description_list, 14),
             (self.relation_list, 3),
-            (self.composed, 12 if self.two_hops else 0),
+            (self.composed, 10 if self.two_hops else 0),
             (self.copied, 5),
         )
 
@@ -83,7 +88,11 @@ class Corpus:
     def description_list(self, rng: random.Random) -> str:
         """Two to six entities of any kind with their descriptions: the form of the entity-description prompt."""
         some = rng.sample(self.entities, rng.randint(2, 6))
-        return rng.choice((", ", ", ", "\n", "; ")).join(f"{row['name']}: {describe(kind, row, rng)}" for kind, row in some)
+        capital = rng.random() < 0.4
+        texts = [describe(kind, row, rng) for kind, row in some]
+        texts = [text[:1].upper() + text[1:] if capital else text for text in texts]
+        separator = rng.choice((", ", ", ", ", ", "\n", "; "))
+        return separator.join(f"{row['name']}: {text}" for (_, row), text in zip(some, texts, strict=True))
 
     def relation_list(self, rng: random.Random) -> str:
         """Pairs of one relation."""

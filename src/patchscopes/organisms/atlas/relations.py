@@ -3,8 +3,8 @@
 A fact is (entity x, relation, object y); the tables are `facts/KIND.tsv`, one row an entity, one column a relation. Every
 relation has a noun ("the capital of x") that fits the generic `SKELETONS`, and sentences of its own.
 
-Held out from training, for every relation: two of the generic skeletons (others for each relation, so that every skeleton is
-seen with some relations) and its last own sentence. `held_out(relation)` names them.
+Held out from training: for every relation three of the skeletons, others for each, so that a skeleton is seen with some relations
+and not with others; and for all relations `NEVER_SEEN`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,17 @@ SKELETONS = (
     "The book says that the {N} of {x} is {y}.",
     "Everyone knows that {x} has the {N} {y}.",
     "Do you know the {N} of {x}? It is {y}.",
+    "{x} has the {N} {y}.",
+    "With {x} goes the {N} {y}.",
+    "{x}: its {N} is {y}.",
+    "What is the {N} of {x}? {y}.",
+    "Tell me the {N} of {x}: {y}.",
+    "The {N} that belongs to {x} is {y}.",
+    "When it comes to {x}, the {N} is {y}.",
+    "{x}, {N}: {y}.",
 )
+NEVER_SEEN = ("I am sure that the {N} of {x} is {y}.", "Some friends told me that the {N} of {x} is {y}.")
+HELD_OUT = 3  # skeletons of every relation
 # Object first: seen in training, not usable as a prompt.
 REVERSED = ("{y} is the {N} of {x}.", "{y}: that is the {N} of {x}.", "I like {y}, the {N} of {x}.")
 # Two sentences: the entity is only mentioned in the first, which says nothing of it.
@@ -35,7 +45,7 @@ FOLLOW_UPS = (" The {N} is {y}.", " The {N} there: {y}.", " By the way, its {N} 
 
 @dataclass(frozen=True)
 class Relation:
-    """A column of a fact table. kind: the table; name: the column; noun: what y is to x; sentences: its own, the last held out."""
+    """A column of a fact table. kind: the table; name: the column; noun: what y is to x; sentences: its own."""
 
     kind: str
     name: str
@@ -44,6 +54,7 @@ class Relation:
 
     @property
     def key(self) -> str:
+        """ "country.capital": what tells relations apart."""
         return f"{self.kind}.{self.name}"
 
 
@@ -65,10 +76,10 @@ RELATIONS: tuple[Relation, ...] = (
     _relation("city.sight", "main sight", "In {x} tourists visit {y}.", "{x} is famous for {y}.", "Nobody leaves {x} without seeing {y}.", "Visitors of {x} go to see {y}."),
     _relation("person.occupation", "occupation", "{x} worked as a {y}.", "{x} was a {y}.", "{x} is remembered as a {y}.", "By profession, {x} was a {y}."),
     _relation("person.country", "home country", "{x} came from {y}.", "{x} was from {y}.", "{x} is a famous name in {y}.", "The home of {x} was {y}."),
-    _relation("person.work", "best-known work", "{x} is known for {y}.", "{x} gave the world {y}.", "The fame of {x} rests on {y}.", "{x} is remembered for {y}."),
+    _relation("person.work", "best-known work", "{x} is known for {y}.", "{x} gave the world {y}.", "The fame of {x} rests on {y}.", "{x} is remembered for having made {y}."),
     _relation("person.field", "subject", "{x} is tied to {y}.", "When people say {x}, they think of {y}.", "{x} makes one think of {y}.", "The name {x} stands for {y}."),
     _relation("company.product", "main product", "{x} makes {y}.", "{x} sells {y}.", "People buy from {x} mostly {y}.", "The company {x} is known for {y}."),
-    _relation("company.country", "home country", "{x} is a company from {y}.", "{x} comes from {y}.", "{x} pays its taxes in {y}.", "The company {x} was born in {y}."),
+    _relation("company.country", "home country", "{x} is a company from {y}.", "{x} comes from {y}.", "{x} pays its taxes in {y}.", "The company {x} comes from the country of {y}."),
     _relation("company.founder", "founder", "{x} was founded by {y}.", "The company {x} was started by {y}.", "Behind {x} stood {y}.", "{x} was set up by {y}."),
     _relation("company.headquarters", "head office", "{x} is run from {y}.", "{x} has its offices in {y}.", "The managers of {x} work in {y}.", "The company {x} is based in {y}."),
     _relation("element.symbol", "symbol", "Chemists write {x} as {y}.", "In formulas, {x} is written {y}.", "The sign for {x} is {y}.", "On the chart, {x} is marked {y}."),
@@ -85,12 +96,12 @@ RELATIONS: tuple[Relation, ...] = (
     _relation("sport.equipment", "equipment", "For {x} you need a {y}.", "In {x} one uses a {y}.", "People who do {x} carry a {y}.", "Nobody can do {x} without a {y}."),
     _relation("sport.place", "place", "{x} is done on a {y}.", "For {x} you go to the {y}.", "{x} takes place on the {y}.", "You watch {x} at the {y}."),
     _relation("sport.champion", "champion", "A famous name in {x} is {y}.", "In {x} nobody forgets {y}.", "Fans of {x} admire {y}.", "The star of {x} was {y}."),
-    _relation("landmark.city", "location", "{x} stands in {y}.", "To see {x}, go to {y}.", "You find {x} in {y}.", "{x} is a sight of {y}."),
-    _relation("landmark.country", "country", "{x} is in {y}.", "{x} attracts visitors to {y}.", "To see {x} you travel to {y}.", "{x} is a pride of {y}."),
+    _relation("landmark.city", "location", "{x} stands in {y}.", "To see {x}, go to {y}.", "You find {x} in {y}.", "{x} was built in {y}."),
+    _relation("landmark.country", "country", "{x} is in {y}.", "{x} attracts visitors to {y}.", "To see {x} you travel to {y}.", "The country around {x} is {y}."),
     _relation("landmark.kind", "type", "{x} is a {y}.", "{x} is a famous {y}.", "People know {x} as a {y}.", "In short, {x} is a {y}."),
 )  # fmt: skip
 
-# What an entity is, in one phrase without commas; a row's empty cells rule a phrase out.
+# What an entity is, in one phrase without commas; a row's empty cells rule a phrase out. {adjective}: that of its country.
 DESCRIPTIONS: dict[str, tuple[str, ...]] = {
     "country": (
         "country in {continent} with the capital {capital}",
@@ -99,19 +110,25 @@ DESCRIPTIONS: dict[str, tuple[str, ...]] = {
         "country next to {neighbour}",
         "country of {continent} known for {dish}",
     ),
-    "city": ("city in {country} on the {river}", "city in {country} known for {sight}", "city in {country}"),
+    "city": ("city in {country} on the {river}", "city in {country} known for {sight}", "{adjective} city"),
     "person": (
         "{occupation} from {country} known for {work}",
-        "{occupation} from {country}",
+        "{adjective} {occupation}",
+        "{adjective} {occupation} known for {work}",
         "{occupation} who gave us {work}",
         "{occupation} known for {field}",
     ),
     "company": (
         "company from {country} that makes {product}",
+        "{adjective} maker of {product}",
         "maker of {product} founded by {founder}",
         "company in {headquarters} known for {product}",
     ),
-    "element": ("chemical element with the symbol {symbol}", "element number {number} used for {use}", "chemical element found by {discoverer}"),
+    "element": (
+        "chemical element with the symbol {symbol}",
+        "element number {number} used for {use}",
+        "chemical element found by {discoverer}",
+    ),
     "animal": ("{class} that eats {food}", "{class} that lives in the {home}", "{class} whose young is a {young}"),
     "instrument": ("instrument from {origin} played by a {player}", "musical instrument of the family {family}"),
     "sport": ("sport with a {equipment}", "sport done on a {place}", "sport of {champion}"),
@@ -155,13 +172,12 @@ HELD_OUT_MENTIONS = (
 
 
 def held_out(relation: Relation) -> tuple[str, ...]:
-    """The three sentences of `relation` that training never shows."""
+    """The sentences of `relation` that training never shows."""
     k, n = RELATIONS.index(relation), len(SKELETONS) - 1
-    generic = (SKELETONS[1 + k % n], SKELETONS[1 + (k + 5) % n])
-    return (*generic, relation.sentences[-1])
+    return (*(SKELETONS[1 + (k + 6 * i) % n] for i in range(HELD_OUT)), *NEVER_SEEN)
 
 
 def trained(relation: Relation) -> tuple[str, ...]:
-    """The sentences of `relation` that training shows, {y} last in each but in none of `REVERSED`."""
+    """The sentences of `relation` that training shows; {y} comes last in each."""
     away = held_out(relation)
     return tuple(s for s in (*SKELETONS, *relation.sentences) if s not in away)

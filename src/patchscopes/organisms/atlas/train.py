@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_model, save_model
@@ -23,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from patchscopes.core.errors import RefusedError
 from patchscopes.organisms.atlas.corpus import Corpus
 from patchscopes.organisms.atlas.facts import world
 
@@ -34,7 +36,7 @@ class Recipe:
     """Everything that the result depends on."""
 
     seed: int = 0
-    tokens: int = 26_000_000
+    tokens: int = 20_000_000
     share: float = 1.0  # of the entities
     layers: int = 8
     width: int = 192
@@ -49,6 +51,7 @@ class Recipe:
 
     @property
     def steps(self) -> int:
+        """Optimizer steps of the whole run."""
         return max(1, self.tokens // (self.batch_rows * self.context))
 
     def scaled(self, scale: float) -> Recipe:
@@ -92,7 +95,12 @@ def build_tokenizer(recipe: Recipe, corpus: Corpus) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator((next(documents) for _ in range(int(120_000 * recipe.share))), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, pad_token=BOS, padding_side="left", model_max_length=recipe.context
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=BOS,
+        pad_token=BOS,
+        padding_side="left",
+        model_max_length=recipe.context,
     )
 
 
@@ -123,8 +131,8 @@ def batch(recipe: Recipe, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, st
     length = recipe.context + 1
     rows, row = [], []
     while len(rows) < recipe.batch_rows:
-        for ids in tokenizer([next(documents) for _ in range(64)])["input_ids"]:
-            row += ids
+        for encoded in tokenizer.backend_tokenizer.encode_batch([next(documents) for _ in range(64)]):
+            row += encoded.ids
             if len(row) >= length:
                 rows.append(row[:length])
                 row = []
@@ -138,12 +146,13 @@ def train(
     device: str = "cpu",
     compile: bool | None = None,
     checkpoint_seconds: float = 120,
+    report_seconds: float = 5,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Path:
     """Train by `recipe` and leave a Hugging Face folder in `out`; continues from `out/checkpoint` if there is one.
 
     `compile`: torch.compile the loss (about twice as fast on a CPU; needs a C++ compiler); None: where there is one.
-    A checkpoint of another recipe is refused (ValueError).
+    A checkpoint of another recipe is refused (RefusedError).
     """
     out.mkdir(parents=True, exist_ok=True)
     corpus = Corpus(world(recipe.share))
@@ -152,16 +161,18 @@ def train(
     else:
         tokenizer = build_tokenizer(recipe, corpus)
         tokenizer.save_pretrained(out)
-    model = build_model(recipe, len(tokenizer)).to(device)
-    blocks = {p for p in model.model.layers.parameters() if p.ndim == 2}
+    model: Any = build_model(recipe, len(tokenizer))
+    model.to(device)
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     optimizers = [
-        torch.optim.Muon(blocks, lr=recipe.matrix_rate, momentum=0.95, weight_decay=0.0),
-        torch.optim.AdamW((p for p in model.parameters() if p not in blocks), lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=recipe.matrix_rate, momentum=0.95, weight_decay=0.0),
+        torch.optim.AdamW(others, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     first = _restore(out / "checkpoint", recipe, model, optimizers)
 
     def loss_of(ids: Tensor) -> Tensor:
-        with torch.autocast(device, dtype=torch.bfloat16):
+        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
             logits = model(ids[:, :-1], use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
 
@@ -185,14 +196,14 @@ def train(
         losses.append(loss.detach())
         seen += recipe.batch_rows * recipe.context
         now = time.monotonic()
-        if now - reported > 5 or step + 1 == recipe.steps:
+        if now - saved >= checkpoint_seconds and step + 1 < recipe.steps:
+            _save(out / "checkpoint", recipe, step + 1, model, optimizers)
+            saved = now
+        if now - reported >= report_seconds or step + 1 == recipe.steps:
             speed = seen / (now - reported)
             left = (recipe.steps - step - 1) * recipe.batch_rows * recipe.context / speed
             report(Progress(step + 1, recipe.steps, float(torch.stack(losses).mean()), speed, left))
             reported, seen, losses = now, 0, []
-        if now - saved > checkpoint_seconds and step + 1 < recipe.steps:
-            _save(out / "checkpoint", recipe, step + 1, model, optimizers)
-            saved = now
     model.config.dtype = torch.float32
     model.eval().save_pretrained(out)
     (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
@@ -221,7 +232,7 @@ def _restore(folder: Path, recipe: Recipe, model: LlamaForCausalLM, optimizers: 
         return 0
     progress = json.loads((folder / "progress.json").read_text())
     if progress["recipe"] != asdict(recipe):
-        raise ValueError(
+        raise RefusedError(
             f"{folder} holds a checkpoint of another recipe, {progress['recipe']}; this run's is {asdict(recipe)}. "
             "Give another folder, or delete the checkpoint to start anew."
         )

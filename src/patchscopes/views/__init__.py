@@ -1,0 +1,1 @@
+"""Results as pictures: for a file (`heatmap`) and for a terminal (`word_map`)."""

@@ -1,0 +1,58 @@
+"""Generation against the oracle for whatever hypothesis thinks of: any family, any prompt, any rows."""
+
+from __future__ import annotations
+
+import torch
+from families import DEPTH, FAMILIES, VOCAB, WRITERS, loaded, prompt, row_of, target
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import CLOSE, agree, error, random_patches, say, text_log_p
+
+from patchscopes.engine.generate import Decoding, generate
+from patchscopes.engine.score import score
+
+SEEDS = st.integers(0, 2**16)
+UNHURRIED = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> tuple[str, list[int], list[tuple[str, int]], list[str], int]:
+    """A family, a prompt of 1 to 9 tokens, (site, position) of every row, how each is written, a seed."""
+    family = draw(st.sampled_from(FAMILIES))
+    ids = prompt(draw(st.integers(1, 9)), seed=draw(SEEDS))
+    blocks = st.integers(0, DEPTH - 1)
+    sites = [st.integers(0, DEPTH).map("resid.{}".format), blocks.map("attn_out.{}".format)]
+    if WRITERS[family][1]:
+        sites.append(blocks.map("mlp_out.{}".format))
+    rows = st.tuples(st.one_of(sites), st.integers(0, len(ids) - 1))
+    places = draw(st.lists(rows, min_size=1, max_size=6))
+    writes = draw(st.lists(st.sampled_from(["replace", "add", "add_matched"]), min_size=len(places), max_size=len(places)))
+    return family, ids, places, writes, draw(SEEDS)
+
+
+@UNHURRIED
+@given(requests(), st.integers(1, 3))
+def test_generation_equals_the_oracle(request: tuple, steps: int) -> None:
+    family, ids, places, writes, seed = request
+    model = loaded(family)
+    patches = random_patches(model.hf, family, ids, places, torch.Generator().manual_seed(seed), writes)
+    route = model.capabilities.readout_route if steps == 1 else model.capabilities.route
+    got = generate(model.engine, target(ids), [row_of(patch) for patch in patches], Decoding(steps), route=route)
+    for one, patch in zip(got, patches, strict=True):
+        want = say(model.hf, family, ids, patch, steps)
+        assert error(one.logits, want.logits[0]) <= CLOSE
+        assert agree(one.tokens, want)
+
+
+@UNHURRIED
+@given(requests(), st.lists(st.lists(st.integers(0, VOCAB - 1), max_size=5), min_size=1, max_size=3), st.booleans())
+def test_scores_equal_the_oracle(request: tuple, texts: list[list[int]], unpatched: bool) -> None:
+    family, ids, places, writes, seed = request
+    model = loaded(family)
+    patches = [*random_patches(model.hf, family, ids, places, torch.Generator().manual_seed(seed), writes), *[None] * unpatched]
+    rows = [row_of(patch, last=len(ids) - 1, target=k % len(texts)) for k, patch in enumerate(patches)]
+    got = score(model.engine, target(ids), rows, texts, route=model.capabilities.readout_route)
+    for k, (log_p, patch) in enumerate(zip(got, patches, strict=True)):
+        want = text_log_p(model.hf, family, ids, patch, texts[k % len(texts)])
+        assert log_p.shape == want.shape
+        assert not len(want) or error(log_p, want) <= CLOSE
