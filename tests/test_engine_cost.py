@@ -78,6 +78,7 @@ def test_without_a_prefix_rows_still_join_at_their_layers() -> None:
     model, ids, steps = loaded("mamba"), target(prompt(LENGTH)), 3
     with counted(model.hf, "mamba") as calls:
         generate(model.engine, ids, [row_of(patch) for patch in patches()], Decoding(steps), route=model.capabilities.route)
+    assert model.capabilities.route == "whole"
     assert sum(calls) == cost(LAYERS, start=0) + (steps - 1) * len(LAYERS) * DEPTH
 
 

@@ -8,7 +8,7 @@ from itertools import combinations, product
 
 import pytest
 import torch
-from families import DEPTH, FAMILIES, VOCAB, WIDTH, WRITERS, loaded, prompt, row_of, target, tiny, tiny_tokenizer
+from families import DEPTH, FAMILIES, ROUTES, VOCAB, WIDTH, WRITERS, loaded, prompt, row_of, target, tiny, tiny_tokenizer
 from oracle import CLOSE, Patch, Said, agree, error, full_logits, random_patches, say, states, text_log_p
 from torch import Tensor, nn
 
@@ -36,6 +36,10 @@ class Case:
     @property
     def hf(self) -> nn.Module:
         return self.model.hf
+
+    @property
+    def route(self) -> str:
+        return ROUTES[self.family]
 
     def late(self) -> list[int]:
         """The patches that lie behind a prefix."""
@@ -70,13 +74,14 @@ def test_the_edits_of_the_case_matter_and_differ(case: Case) -> None:
 
 
 def test_the_route_is_the_fastest_that_is_exact(case: Case) -> None:
-    picked = (case.model.capabilities.route, case.model.capabilities.readout_route)
-    assert picked == (("whole", "whole") if case.family == "mamba" else ("stairs", "stairs"))  # Mamba-1 cannot continue a prompt
+    """The tests below name their route: one that is broken would be passed over by the engine, and so by them."""
+    capabilities = case.model.capabilities
+    assert (capabilities.route, capabilities.readout_route) == (case.route, case.route)
 
 
-@pytest.mark.parametrize("route", ["picked", "whole", "hooks"])
+@pytest.mark.parametrize("route", ["fastest", "whole", "hooks"])
 def test_every_layer_and_position_in_one_batch(case: Case, route: str) -> None:
-    route = case.model.capabilities.route if route == "picked" else route
+    route = case.route if route == "fastest" else route
     some = range(8 if route == "hooks" else len(case.patches))
     rows = [row_of(case.patches[k]) for k in some]
     got = generate(case.model.engine, target(case.ids), rows, Decoding(STEPS), route=route)
@@ -85,7 +90,7 @@ def test_every_layer_and_position_in_one_batch(case: Case, route: str) -> None:
 
 def test_rows_behind_a_shared_prefix(case: Case) -> None:
     rows = [row_of(case.patches[k]) for k in case.late()]
-    got = generate(case.model.engine, target(case.ids), rows, Decoding(STEPS), route=case.model.capabilities.route)
+    got = generate(case.model.engine, target(case.ids), rows, Decoding(STEPS), route=case.route)
     assert_equal(got, [case.said[k] for k in case.late()], case.family)
 
 
@@ -93,7 +98,7 @@ def test_rows_that_do_not_fit_at_once_run_in_chunks(case: Case, monkeypatch: pyt
     """The prefix and the unpatched base serve every chunk, and none spoils them for the next."""
     monkeypatch.setattr("patchscopes.engine.generate.rows_at_once", lambda engine, length: 3)
     heard: list[int] = []
-    rows, route = [row_of(case.patches[k]) for k in case.late()], case.model.capabilities.route
+    rows, route = [row_of(case.patches[k]) for k in case.late()], case.route
     got = generate(case.model.engine, target(case.ids), rows, Decoding(STEPS), route=route, done=heard.append)
     assert_equal(got, [case.said[k] for k in case.late()], case.family)
     assert heard == [3] * (len(rows) // 3)
@@ -104,7 +109,7 @@ def test_the_logits_of_every_step(case: Case) -> None:
     seen: list[Tensor] = []
     handle = case.hf.register_forward_hook(lambda _module, _args, out: seen.append(out.logits[:, -1]))
     rows = [row_of(case.patches[k]) for k in case.late()]
-    generate(case.model.engine, target(case.ids), rows, Decoding(STEPS), route=case.model.capabilities.route)
+    generate(case.model.engine, target(case.ids), rows, Decoding(STEPS), route=case.route)
     handle.remove()
     compared = 0
     for want in (case.said[k] for k in case.late()):
@@ -119,7 +124,7 @@ def test_the_logits_of_every_step(case: Case) -> None:
 def test_rows_with_and_without_an_edit_run_together(case: Case) -> None:
     plain = say(case.hf, case.family, case.ids, None, STEPS)
     rows = [row_of(None, last=LENGTH - 1), *(row_of(patch) for patch in case.patches[:3]), row_of(None, last=LENGTH - 1)]
-    got = generate(case.model.engine, target(case.ids), rows, Decoding(STEPS), route=case.model.capabilities.route)
+    got = generate(case.model.engine, target(case.ids), rows, Decoding(STEPS), route=case.route)
     assert_equal(got, [plain, *case.said[:3], plain], case.family)
 
 
@@ -127,7 +132,7 @@ def test_rows_with_and_without_an_edit_run_together(case: Case) -> None:
 def test_next_logits(case: Case, first: int) -> None:
     """By the route for one token, with the prefix that the rows allow."""
     some = [k for k, patch in enumerate(case.patches) if patch.position >= first]
-    rows, route = [*(row_of(case.patches[k]) for k in some), row_of(None, last=LENGTH - 1)], case.model.capabilities.readout_route
+    rows, route = [*(row_of(case.patches[k]) for k in some), row_of(None, last=LENGTH - 1)], case.route
     want = torch.stack([*(case.said[k].logits[0] for k in some), full_logits(case.hf, case.family, case.ids)[-1]])
     got = next_logits(case.model.engine, target(case.ids), rows, route)
     one = generate(case.model.engine, target(case.ids), rows, Decoding(1), route=route)
@@ -144,9 +149,9 @@ def test_a_target_prompt_of_one_token_is_patched(case: Case) -> None:
     plain = full_logits(case.hf, family, ids)[-1]
     assert min(error(want.logits[0], plain) for want in said) > 10 * CLOSE
     rows = [row_of(patch) for patch in patches]
-    got = generate(case.model.engine, target(ids), rows, Decoding(STEPS), route=case.model.capabilities.route)
+    got = generate(case.model.engine, target(ids), rows, Decoding(STEPS), route=case.route)
     assert_equal(got, said, family)
-    readout = next_logits(case.model.engine, target(ids), rows, case.model.capabilities.readout_route)
+    readout = next_logits(case.model.engine, target(ids), rows, case.route)
     assert max(error(logits, want.logits[0]) for logits, want in zip(readout, said, strict=True)) <= CLOSE
 
 
@@ -163,7 +168,7 @@ def test_every_way_to_write_at_every_site(case: Case) -> None:
     plain = full_logits(case.hf, family, ids)[-1]
     assert sum(error(want.logits[0], plain) > 10 * CLOSE for want in said) > 0.6 * len(said)
     rows = [row_of(patch) for patch in patches]
-    for route in (case.model.capabilities.route, "hooks"):
+    for route in (case.route, "hooks"):
         assert_equal(generate(case.model.engine, target(ids), rows, Decoding(steps), route=route), said, (family, route))
 
 
@@ -172,21 +177,42 @@ def test_a_state_patched_onto_itself_changes_nothing(case: Case) -> None:
     places = product(range(DEPTH + 1), range(LENGTH))
     rows = [row_of(Patch(f"resid.{layer}", i, seen[f"resid.{layer}"][0, i])) for layer, i in places]
     plain = say(case.hf, case.family, case.ids, None, 3)
-    for got in generate(case.model.engine, target(case.ids), rows, Decoding(3), route=case.model.capabilities.route):
+    for got in generate(case.model.engine, target(case.ids), rows, Decoding(3), route=case.route):
         assert error(got.logits, plain.logits[0]) <= 2e-5
         assert agree(got.tokens, plain)
         assert got.norm_ratio == pytest.approx(1, abs=1e-6)
 
 
 def test_a_stem_walked_twice_gives_the_same(case: Case) -> None:
-    """Nothing of the first walk, nor of what was generated from it, is left in what walks share."""
-    rows = [row_of(case.patches[k]) for k in case.late()]
-    stem = Stem(case.model.engine, target(case.ids), rows, route=case.model.capabilities.route)
+    """Rows in no order, and nothing of the first walk, nor of what was decoded from it, is left in what walks share."""
+    late = case.late()
+    rows = [row_of(case.patches[k]) for k in late]
+    stem = Stem(case.model.engine, target(case.ids), rows, route=case.route)
     first = stem.walk(rows, [LENGTH - 1], caching=True)
-    for t in range(2):
-        case.model.engine.forward(torch.full((len(rows), 1), 5), offset=LENGTH + t, cache=first.cache, keep=[0])
+    said = torch.tensor([[case.said[k].tokens[0]] for k in late])
+    step = case.model.engine.forward(said, offset=LENGTH, cache=first.cache, keep=[0])
+    for walked, at in ((first.logits, 0), (step, 1)):
+        assert max(error(got[0], case.said[k].logits[at]) for got, k in zip(walked, late, strict=True)) <= CLOSE, case.family
     again = stem.walk(rows, [LENGTH - 1], caching=True)
     assert torch.equal(first.logits, again.logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bloom", "mamba", "gemma4"])
+def test_rows_of_target_prompts_that_differ_early(family: str) -> None:
+    """The shared prefix ends where the prompts part, before the first edit."""
+    model = loaded(family)
+    begin = prompt(3, seed=30)
+    targets = [[*begin, *prompt(LENGTH - 3, seed=seed)] for seed in (31, 32, 33)]
+    chosen = []
+    for t, ids in enumerate(targets):
+        places = [(f"resid.{layer}", PREFIX + layer % 3) for layer in (4, t, DEPTH)]
+        chosen += [(p, t) for p in random_patches(model.hf, family, ids, places, torch.Generator().manual_seed(t))]
+    random.Random(4).shuffle(chosen)
+    rows = [row_of(patch, target=t) for patch, t in chosen]
+    stem = Stem(model.engine, torch.tensor(targets), rows, route=ROUTES[family], caching=False)
+    got = stem.walk(rows, [LENGTH - 2, LENGTH - 1]).logits
+    for logits, (patch, t) in zip(got, chosen, strict=True):
+        assert error(logits, full_logits(model.hf, family, targets[t], patch)[-2:]) <= CLOSE
 
 
 def test_equal_rows_give_equal_results_and_vectors_stay_as_they_are() -> None:
@@ -222,7 +248,7 @@ def test_what_other_models_carry_along(family: str, route: str) -> None:
         assert_equal(got, [said[k] for k in some], (family, first))
         texts = [prompt(3, seed=1), prompt(1, seed=2)]
         rows = [row_of(patches[k], target=k % 2) for k in some]
-        scores = score(model.engine, target(ids), rows, texts, route=model.capabilities.readout_route)
+        scores = score(model.engine, target(ids), rows, texts, route=route)
         for k, log_p in zip(some, scores, strict=True):
             assert error(log_p, text_log_p(model.hf, family, ids, patches[k], texts[k % 2])) <= CLOSE, (family, first)
 
@@ -236,9 +262,7 @@ def test_in_float64_only_rounding_is_left(family: str) -> None:
     patches = [
         replace(p, value=p.value.double()) for p in random_patches(hf, family, ids, places, torch.Generator().manual_seed(4))
     ]
-    got = generate(
-        model.engine, target(ids), [row_of(patch) for patch in patches], Decoding(STEPS), route=model.capabilities.route
-    )
+    got = generate(model.engine, target(ids), [row_of(patch) for patch in patches], Decoding(STEPS), route=ROUTES[family])
     for one, patch in zip(got, patches, strict=True):
         want = say(hf, family, ids, patch, STEPS)
         assert one.tokens == want.tokens
@@ -251,7 +275,7 @@ def test_in_float64_only_rounding_is_left(family: str) -> None:
 def assert_scores(case: Case, texts: list[list[int]], chosen: list[tuple[Patch | None, int]]) -> None:
     """`chosen`: (edit, number of the text) of each row."""
     rows = [row_of(patch, last=LENGTH - 1, target=t) for patch, t in chosen]
-    got = score(case.model.engine, target(case.ids), rows, texts, route=case.model.capabilities.readout_route)
+    got = score(case.model.engine, target(case.ids), rows, texts, route=case.route)
     for (patch, t), log_p in zip(chosen, got, strict=True):
         want = text_log_p(case.hf, case.family, case.ids, patch, texts[t])
         assert log_p.shape == want.shape
@@ -283,12 +307,10 @@ def test_scores_are_what_generate_saw(case: Case) -> None:
         target(case.ids),
         [row_of(patch) for patch in case.patches],
         Decoding(STEPS),
-        route=case.model.capabilities.route,
+        route=case.route,
     )
     rows = [row_of(patch, target=k) for k, patch in enumerate(case.patches)]
-    scores = score(
-        case.model.engine, target(case.ids), rows, [g.tokens for g in got], route=case.model.capabilities.readout_route
-    )
+    scores = score(case.model.engine, target(case.ids), rows, [g.tokens for g in got], route=case.route)
     for one, log_p, want in zip(got, scores, case.said, strict=True):
         assert float(log_p[0]) == pytest.approx(float(one.logits.log_softmax(-1)[one.tokens[0]]), abs=1e-4)
         if one.tokens == want.tokens:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from families import DEPTH, FAMILIES, WIDTH, WRITERS, blocks_of, prompt, row_of, target, tiny, tiny_tokenizer
+from families import DEPTH, FAMILIES, ROUTES, WIDTH, WRITERS, blocks_of, prompt, row_of, target, tiny, tiny_tokenizer
 from oracle import Patch
 from torch import Tensor, nn
 
@@ -62,13 +62,13 @@ class Watched:
         places = (("resid.3", 4), ("resid.1", 5), (second, 6), (f"resid.{DEPTH}", 7))
         rows = [row_of(Patch(site, i, vector)) for site, i in places]
         scored, texts = [replace(row, target=k % 2) for k, row in enumerate(rows)], [prompt(3), prompt(2)]
-        route, readout = model.capabilities.route, model.capabilities.readout_route
+        route = ROUTES[self.family]
         edits = [patchscopes.Edit("resid.2", -1, vector), patchscopes.Edit(second, 0, vector)]
         return {
             "generate": lambda: generate(model.engine, IDS, rows, Decoding(3), route=route),
             "generate by hooks": lambda: generate(model.engine, IDS, rows, Decoding(2), route="hooks"),
-            "next_logits": lambda: next_logits(model.engine, IDS, rows, readout),
-            "score": lambda: score(model.engine, IDS, scored, texts, route=readout),
+            "next_logits": lambda: next_logits(model.engine, IDS, rows, route),
+            "score": lambda: score(model.engine, IDS, scored, texts, route=route),
             "run": lambda: model.run(("ab", "abcd"), read=["resid.*", "attn_out.*"], edits=edits),
             "unembed": lambda: model.unembed(torch.ones(2, WIDTH)),
             "load": lambda: patchscopes.load((model.hf, model.tokenizer)),

@@ -537,6 +537,23 @@ class TestWhatItSays:
         a.data, b.data = b.data, a.data
         assert hash_of(hf) != loaded("llama").weight_hash
 
+    def test_names_shapes_and_formats_count(self, hash_of: Callable[[nn.Module], str]) -> None:
+        """Models whose bytes are the same, one after the other."""
+
+        def of(**tensors: Tensor) -> str:
+            return hash_of(
+                nn.ParameterDict({name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()})
+            )
+
+        zeros = [
+            of(a=torch.zeros(2, 3)),
+            of(a=torch.zeros(3, 2)),
+            of(b=torch.zeros(2, 3)),
+            of(a=torch.zeros(2, 3, dtype=torch.int32)),
+        ]
+        assert len(set(zeros)) == 4
+        assert of(a=torch.tensor([1.0, 2]), b=torch.tensor([3.0])) != of(a=torch.tensor([1.0]), b=torch.tensor([2.0, 3]))
+
     def test_of_big_models_samples_are_hashed_and_it_says_so(
         self, hash_of: Callable[[nn.Module], str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -638,7 +655,7 @@ class TestRememberedCheck:
         if cause == "dtype":
             remembered.checked(engine, torch.bfloat16, big=1)
         elif cause == "versions":
-            monkeypatch.setattr(transformers, "__version__", "5.99.0")
+            monkeypatch.setattr(remembered.transformers, "__version__", "5.99.0")
             remembered.checked(engine, torch.float32, big=1)
         else:
             hf = {

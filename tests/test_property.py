@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from families import DEPTH, FAMILIES, VOCAB, WRITERS, loaded, prompt, row_of, target
+from families import DEPTH, FAMILIES, ROUTES, VOCAB, WRITERS, loaded, prompt, row_of, target
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import CLOSE, agree, error, random_patches, say, text_log_p
@@ -36,8 +36,7 @@ def test_generation_equals_the_oracle(request: tuple, steps: int) -> None:
     family, ids, places, writes, seed = request
     model = loaded(family)
     patches = random_patches(model.hf, family, ids, places, torch.Generator().manual_seed(seed), writes)
-    route = model.capabilities.readout_route if steps == 1 else model.capabilities.route
-    got = generate(model.engine, target(ids), [row_of(patch) for patch in patches], Decoding(steps), route=route)
+    got = generate(model.engine, target(ids), [row_of(patch) for patch in patches], Decoding(steps), route=ROUTES[family])
     for one, patch in zip(got, patches, strict=True):
         want = say(model.hf, family, ids, patch, steps)
         assert error(one.logits, want.logits[0]) <= CLOSE
@@ -51,7 +50,7 @@ def test_scores_equal_the_oracle(request: tuple, texts: list[list[int]], unpatch
     model = loaded(family)
     patches = [*random_patches(model.hf, family, ids, places, torch.Generator().manual_seed(seed), writes), *[None] * unpatched]
     rows = [row_of(patch, last=len(ids) - 1, target=k % len(texts)) for k, patch in enumerate(patches)]
-    got = score(model.engine, target(ids), rows, texts, route=model.capabilities.readout_route)
+    got = score(model.engine, target(ids), rows, texts, route=ROUTES[family])
     for k, (log_p, patch) in enumerate(zip(got, patches, strict=True)):
         want = text_log_p(model.hf, family, ids, patch, texts[k % len(texts)])
         assert log_p.shape == want.shape

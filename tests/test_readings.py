@@ -138,6 +138,10 @@ class TestGrid:
         grids = [many.grid(position=p, map=m, target=t).values for p in (1, 2) for m in ("identity", "scale(2)") for t in (0, 1)]
         assert all(grid.shape == (2, 2) for grid in grids) and len({grid.tobytes() for grid in grids}) > 1
 
+    def test_one_cell_twice(self, square: ps.Readings) -> None:
+        with pytest.raises(InputError, match="several readings fall into one cell"):
+            ps.Readings(pl.concat([square.table, square.table.head(1)]), {}).grid()
+
     @pytest.mark.parametrize("choice", [{"prompt": 2}, {"target": 1}, {"position": 3}, {"map": "scale(2)"}, {"draw": 1}])
     def test_nothing_there(self, readings: ps.Readings, choice: dict[str, Any]) -> None:
         ((name, value),) = choice.items()
@@ -325,7 +329,8 @@ class TestShown:
             )
 
     def test_what_is_the_same_everywhere_is_left_out(self, readings: ps.Readings, square: ps.Readings) -> None:
-        assert Page(readings._repr_html_()).rows[0][:3] == ["prompt", "token", "ℓ"]
+        head = Page(readings._repr_html_()).rows[0]
+        assert head[:2] == ["prompt", "token"] and not {"T", "ℓ*", "map", "draw"} & set(head)
         head = Page(square._repr_html_()).rows[0]
         assert head == ["prompt", "token", "ℓ", "ℓ*", "says", "surprisal", "verdict"] and "controls: not run" in str(square)
         alone = ps.Patchscope("{x}", max_new_tokens=1)(ps.Source(loaded("llama"), "ab", layer=1), controls=False)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from families import DEPTH, VOCAB, WIDTH, loaded, prompt, row_of, target
+from families import DEPTH, ROUTES, VOCAB, WIDTH, loaded, prompt, row_of, target
 from oracle import Said, full_logits, random_patches, say
 
 from patchscopes.engine.generate import Decoding, Generated, generate
@@ -25,8 +25,7 @@ def cases(family: str, n: int = 6) -> tuple[list[int], list[Row], list[Said]]:
 
 
 def go(family: str, ids: Sequence[int], rows: Sequence[Row], decoding: Decoding, seeds: Sequence[int] = ()) -> list[Generated]:
-    model = loaded(family)
-    return generate(model.engine, target(ids), rows, decoding, route=model.capabilities.route, seeds=seeds)
+    return generate(loaded(family).engine, target(ids), rows, decoding, route=ROUTES[family], seeds=seeds)
 
 
 # ------------------------------------------------------------------------------------------------------------------- sampling

@@ -18,6 +18,7 @@ SENTENCES = (
     "The cat sat on the mat. The cat is in Wales, and Wales is in the west.",
     "Diana, Princess of Wales, was born in England.",
     "hello world, hello Wales",
+    "if x:\n        y",
 )
 SPECIAL = ["<s>", "</s>", "<|user|>"]
 DIANA = "Diana, Princess of Wales"
@@ -66,6 +67,13 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
+class Replacing(ByT5Tokenizer):
+    """As ByT5, which leaves half characters out; here they are shown as U+FFFD."""
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return bytes(ord(token) for token in tokens if len(token) == 1).decode(errors="replace")
+
+
 class TestTokenize:
     def test_ids_strings_offsets_and_which_are_added(self) -> None:
         tokens = tokenize(byte_level(), DIANA)
@@ -105,8 +113,9 @@ class TestTokenize:
         assert tokens.strings[-6:] == ("é(1/2)", "é(2/2)", " ", "日(1/3)", "日(2/3)", "日(3/3)")
         assert [tokens.position(piece) for piece in ("é", "日")] == [len(tokens) - 5, len(tokens) - 1]
 
-    def test_offsets_where_the_tokenizer_gives_none(self) -> None:
-        tokens = tokenize(ByT5Tokenizer(), "hé 日 Wales")  # a token a byte; </s> at the end
+    @pytest.mark.parametrize("kind", [ByT5Tokenizer, Replacing])
+    def test_offsets_where_the_tokenizer_gives_none(self, kind: type) -> None:
+        tokens = tokenize(kind(), "hé 日 Wales")  # a token a byte; </s> at the end
         assert tokens.special == (False,) * 13 + (True,)
         assert tokens.offsets[-1] == (0, 0)
         assert tokens.position("h") == 0 and tokens.position("é") == 2 and tokens.position("日") == 6
@@ -147,6 +156,9 @@ class TestNotes:
     def test_no_leading_space(self) -> None:
         (note,) = tokenize(byte_level(), "Wales is").notes
         assert "'Wa'" in note and "' Wales'" in note  # what it is here, what it would be inside a text
+
+    def test_a_text_that_begins_with_spaces(self) -> None:
+        assert tokenize(byte_level(), "  y").notes == tokenize(byte_level(), "\n  y").notes == ()
 
     def test_both(self) -> None:
         assert len(tokenize(byte_level(), "Wales ").notes) == 2

@@ -20,10 +20,11 @@ NEXT = (
     f'patchscopes inspect "{MENTION}" --at {ENTITY} --scope "{CAPITAL}" --target-layer all --figure map.png',
     "patchscopes check atlas",
 )
-LEGEND = """
-Each row is a layer ℓ of the model. The numbers are evidence in bits: how much likelier the words are with this state than with
-nothing, with random vectors or with other prompts' states in its place, and than after the source's own words. The verdict is
-'above' where the state beats the first three."""
+LEGEND = (
+    "Each row is a layer ℓ of the model. nothing, random, others and text are evidence in bits: how much likelier the words are "
+    "with this state than with nothing, random vectors or other prompts' states in its place, and than after the source's own "
+    "words. The verdict is 'above' where the state beats the first three."
+)
 
 
 def demo(
@@ -53,7 +54,7 @@ def demo(
     with progress() as report:
         by_layer = extract(CAPITAL)(france, progress=report)
     console.print(by_layer)
-    console.print(Text(LEGEND))
+    console.print(Text(f"\n{LEGEND}"))
     heading(2, "What do the states at 'Wales' say of Diana, Princess of Wales?")
     with progress() as report:
         wales = describe(stop=(",", "\n"))(Source(loaded, "Diana, Princess of Wales", "Wales"), progress=report)

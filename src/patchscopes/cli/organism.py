@@ -43,7 +43,7 @@ def train(
         raise InputError(f"the scale is {scale:g}; expected more than 0 and at most 1")
     require_device(device)
     make_folder(out)
-    say("preparing the texts")
+    say("preparing texts and model; the first report may take minutes")
     from patchscopes.organisms.atlas.train import Recipe
     from patchscopes.organisms.atlas.train import train as train_atlas
 

@@ -97,7 +97,8 @@ def evaluate(
     top = model.n_layers
     everywhere = [(layer, other) for layer in range(top + 1) for other in range(top + 1)]
     grid = _extract(model, chosen, everywhere, progress, "choosing a cell")
-    best = max(everywhere, key=lambda cell: _share(grid[cell]).share)
+    # among equals the deepest source layer: at layer 0 a name that ends in a token of its own is there without any context
+    best = max(everywhere, key=lambda cell: (_share(grid[cell]).share, cell[0]))
     scored = _extract(model, half[1], [best], progress, "extraction")[best]
     noise = _extract_random(model, half[1], best, seed, progress)
     strangers = _extract_others(model, half[1], best, rng, progress)
