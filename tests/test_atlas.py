@@ -149,6 +149,7 @@ class TestTraining:
             train(tmp_path, replace(SMALL, seed=1), compile=False)
 
     @pytest.mark.slow
+    @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # the compiler of torch 2.13 calls it
     def test_a_tenth_of_the_recipe_learns_its_facts(self, tmp_path: Path) -> None:
         recipe = Recipe().scaled(0.1)
         model = ps.load(train(tmp_path, recipe))

@@ -29,7 +29,7 @@ def test_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     from patchscopes.cli import main
 
     monkeypatch.chdir(tmp_path)
-    for line in "\n".join(blocks(page, "console")).splitlines():
+    for line in filter(None, "\n".join(blocks(page, "console")).splitlines()):
         assert line.startswith("$ patchscopes "), f"{page.name}: a console block shows commands only, not {line!r}"
         monkeypatch.setattr("sys.argv", shlex.split(line.removeprefix("$ ")))
         try:

@@ -140,7 +140,6 @@ def test_a_refused_run_leaves_the_model_as_it_was(watched: Watched) -> None:
         lambda: run("abc", edits=[edit("resid.1", 0, vector * torch.nan)]),
         lambda: run("abc", edits=[edit("resid.1", 9, vector)]),
         lambda: run("abc", edits=[edit("resid.1", "z", vector)]),
-        lambda: run("abc", edits=[edit("resid.1", 0, vector, "multiply")]),  # type: ignore[arg-type]
         lambda: run(("a", "b"), edits=[edit("resid.1", 0, vector, prompt=2)]),
     ]
     if WRITERS[watched.family][1] is None:

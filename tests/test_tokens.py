@@ -154,17 +154,20 @@ class TestNotes:
         assert tokenize(byte_level(), " hello Wales").notes == tokenize(byte_level(), " hello Wales\n").notes == ()
 
     def test_no_leading_space(self) -> None:
-        (note,) = tokenize(byte_level(), "Wales is").notes
+        tokens = tokenize(byte_level(), "Wales is")
+        (note,) = tokens.notes_at(tokens.position("Wales"))
         assert "'Wa'" in note and "' Wales'" in note  # what it is here, what it would be inside a text
+        assert tokens.notes_at(tokens.position("is")) == tokens.notes_at(0) == ()  # other words, and <s>, are what they are
 
     def test_a_text_that_begins_with_spaces(self) -> None:
-        assert tokenize(byte_level(), "  y").notes == tokenize(byte_level(), "\n  y").notes == ()
+        assert tokenize(byte_level(), "  y").first_word_note == tokenize(byte_level(), "\n  y").first_word_note == ""
 
     def test_both(self) -> None:
-        assert len(tokenize(byte_level(), "Wales ").notes) == 2
+        tokens = tokenize(byte_level(), "Wales ")
+        assert len(tokens.notes_at(tokens.position("Wales"))) == 2
 
     def test_a_word_that_is_the_same_tokens_anywhere(self) -> None:
-        assert tokenize(byte_level(), "Zz").notes == ()  # "Z" "z"; with a space in front, " " "Z" "z"
+        assert tokenize(byte_level(), "Zz").first_word_note == ""  # "Z" "z"; with a space in front, " " "Z" "z"
 
 
 class TestPieces:

@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 internal error, 2 wrong usage or input, 3 partly done, 4 m
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 import traceback
@@ -55,6 +56,8 @@ def _everywhere(
 
 def main() -> NoReturn:
     """What the command `patchscopes` runs."""
+    # before torch is loaded: on a busy machine threads that spin while they wait make small models many times slower
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, _stop)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # an ASCII terminal must not end a run

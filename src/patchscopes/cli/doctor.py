@@ -173,6 +173,6 @@ def show(found: dict[str, Any]) -> None:
     table = Table.grid(padding=(0, 2))
     for name, value in lines:
         table.add_row(Text(name, style="bold"), Text(value, overflow="fold"))
-    data().print(table)
+    data().print(table, soft_wrap=True)
     for problem in found["problems"]:
         say_warning(problem)

@@ -88,7 +88,7 @@ def inspect(
         raise InputError(
             "every token and several target layers make no flat picture; give one of --at and --target-layer for --figure"
         )
-    for note in words.notes:
+    for note in words.notes if position == "all" else words.notes_at(int(position)):
         say(f"note: {note}")
     where = "every token" if position == "all" else f"token {position} {words.strings[int(position)]!r}"
     span = ", ".join(map(str, read)) if len(read) < 5 else f"{read[0]} to {read[-1]}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from patchscopes.cli.terminal import waiting
-from patchscopes.core.errors import InputError, NotAvailableError, UnknownName, nearest
+from patchscopes.core.errors import UnknownName, nearest
 
 if TYPE_CHECKING:
     from patchscopes.model import Model
@@ -35,23 +35,11 @@ def load_model(name: str, device: str | None = None, dtype: str | None = None) -
         from patchscopes.model import load
 
         transformers.utils.logging.set_verbosity_error()
-        if device is not None:
-            require_device(device)
         return load(name, device=device, dtype=dtype)
 
 
 def require_device(device: str) -> None:
     """InputError if torch knows no such kind of device, NotAvailableError if this machine has none."""
-    import torch
+    from patchscopes.model.load import require_device as require
 
-    try:
-        wanted = torch.device(device)
-    except RuntimeError:  # torch's message lists thirty kinds, most of them for its authors
-        raise InputError(f"unknown device {device!r}; expected cpu, cuda, cuda:0, mps, …") from None
-    if wanted.type == "cpu":
-        return
-    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    count = torch.accelerator.device_count() if here is not None else 0
-    if here is None or here.type != wanted.type or (wanted.index or 0) >= count:
-        found = "cpu" if here is None else ", ".join(["cpu", *(f"{here.type}:{i}" for i in range(count))])
-        raise NotAvailableError(f"no device {device!r} here; found {found}. See `patchscopes doctor`.")
+    require(device)

@@ -34,8 +34,8 @@ def bits_over(log_p: float, controls: Float[Tensor, " control"]) -> float:
 
 
 def p_value(log_p: float, others: Float[Tensor, " control"]) -> float:
-    """(1 + number of others at least as likely) / (n + 1). NaN without others."""
-    if not len(others):
+    """(1 + number of others at least as likely) / (n + 1). NaN without others, or where one is not a number."""
+    if not len(others) or math.isnan(log_p) or bool(others.isnan().any()):
         return math.nan
     return (1 + int((others >= log_p).sum())) / (len(others) + 1)
 

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from patchscopes.core.edits import Write, written
-from patchscopes.core.errors import SiteError
+from patchscopes.core.errors import PositionError, SiteError
 from patchscopes.core.sites import Site, resolve_sites
 from patchscopes.engine.engine import Engine
 from patchscopes.engine.hooks import Handle, hooked
@@ -42,7 +42,10 @@ class Run:
 
     def __getitem__(self, site: str) -> Float[Tensor, "*stream batch pos d_model"]:
         """The value of a site that was read."""
-        (asked,) = resolve_sites(site, self.n_layers)
+        found = resolve_sites(site, self.n_layers)
+        if len(found) != 1:
+            raise SiteError(f"{site!r} names {len(found)} sites; a run gives one at a time: {found[0]}, …, {found[-1]}")
+        asked = found[0]
         if asked not in self.values:
             have = ", ".join(map(str, self.values)) or "nothing"
             raise SiteError(f"site {asked} was not read in this run; it read {have}. Name it in read=[…]")
@@ -50,8 +53,15 @@ class Run:
 
     def at(self, site: str, *, prompt: int = 0, position: int) -> Float[Tensor, "*stream d_model"]:
         """The value of a site at a position of one prompt, counted in real tokens."""
+        value = self[site]
+        if not -len(self.mask) <= prompt < len(self.mask):
+            raise PositionError(f"prompt {prompt} is not in this run; it has {len(self.mask)}, counted from 0")
         real = self.mask[prompt].nonzero()[:, 0]
-        return self[site][..., prompt, int(real[position]), :]
+        if not -len(real) <= position < len(real):
+            raise PositionError(
+                f"position {position} is out of range: prompt {prompt} has tokens 0 to {len(real) - 1} (-1 is the last)"
+            )
+        return value[..., prompt, int(real[position]), :]
 
 
 @torch.no_grad()

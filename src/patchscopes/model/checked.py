@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -38,10 +39,11 @@ def checked(engine: Engine, dtype: torch.dtype, *, big: int = BIG) -> Capabiliti
         return Capabilities(abilities, stored["tolerance"])
     found = check(engine, dtype)
     abilities = {n: {**asdict(a), "error": None if math.isnan(a.error) else a.error} for n, a in found.abilities.items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_suffix(f".{os.getpid()}.tmp")
-    aside.write_text(json.dumps({"tolerance": found.tolerance, "abilities": abilities}))
-    aside.replace(file)
+    with contextlib.suppress(OSError):  # a home folder may be read-only or full: then the check runs again next time
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps({"tolerance": found.tolerance, "abilities": abilities}))
+        aside.replace(file)
     return found
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
 
 from patchscopes import organisms
 from patchscopes.core.errors import InputError, NotAvailableError, RefusedError, nearest
@@ -36,13 +38,19 @@ def load(
 
     NotAvailableError if there is no such model or tokenizer; RefusedError if it is no decoder.
     """
+    if device is not None:
+        require_device(device)
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise InputError(
+            f"unknown dtype {dtype!r}; expected 'auto', 'float32', 'bfloat16', 'float16', 'float64' or a torch.dtype"
+        )
     if isinstance(model, tuple):
         hf, tokenizer = model
         if device is not None:
             hf = hf.to(device)
         return Model(hf, tokenizer, name=getattr(hf.config, "_name_or_path", "") or type(hf).__name__)
     name, bundled = str(model), organisms.bundled()
-    folder = bundled.get(name, Path(name))
+    folder = bundled.get(name, Path(name).expanduser())
     local = name in bundled or folder.exists() or name.startswith((".", "/", "~"))
     if local:
         _require_model_files(folder, name)
@@ -61,15 +69,30 @@ def load(
         "trust_remote_code": trust_remote_code,
     }
     options = {key: value for key, value in options.items() if value is not None}
-    base, adapter = _adapter_base(folder) if local else (None, None)
+    base = _adapter_base(where, hub)
     hf = _load_weights(base or where, name, {**options, **({} if base else hub)})
-    if adapter is not None:
-        hf = _with_adapter(hf, adapter)
+    if base is not None:
+        hf = _with_adapter(hf, where, base, hub)
     if device_map is None and quantization is None:
         hf = hf.to(target)
     tokenizer = _load_tokenizer(where, base, name, {**hub, "trust_remote_code": trust_remote_code})
     hf.eval().requires_grad_(False)
-    return Model(hf, tokenizer, name=name, revision=getattr(hf.config, "_commit_hash", None) or revision)
+    return Model(hf, tokenizer, name=name, revision=revision if local else _commit(where, base is not None, hub) or revision)
+
+
+def require_device(device: str | torch.device) -> None:
+    """InputError if torch knows no such kind of device, NotAvailableError if this machine has none."""
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:  # torch's message lists thirty kinds, most of them for its authors
+        raise InputError(f"unknown device {device!r}; expected cpu, cuda, cuda:0, mps, …") from None
+    if wanted.type == "cpu":
+        return
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    count = torch.accelerator.device_count() if here is not None else 0
+    if here is None or here.type != wanted.type or (wanted.index or 0) >= count:
+        found = "cpu" if here is None else ", ".join(["cpu", *(f"{here.type}:{i}" for i in range(count))])
+        raise NotAvailableError(f"no device {str(device)!r} here; found {found}. See `patchscopes doctor`.")
 
 
 def _require_model_files(folder: Path, name: str) -> None:
@@ -88,17 +111,32 @@ def _bundled() -> str:
     return "a bundled model: " + (", ".join(organisms.bundled()) or "none in this installation")
 
 
-def _adapter_base(folder: Path) -> tuple[str | None, Path | None]:
-    """(base model, folder of the adapter) if `folder` holds a PEFT adapter."""
-    path = folder / "adapter_config.json"
-    if not path.exists():
-        return None, None
-    base = json.loads(path.read_text()).get("base_model_name_or_path")
+def _file(where: str, file: str, hub: dict[str, Any]) -> Path | None:
+    """A file of a folder or of a repository of the hub, from the cache if it is there; None if there is none."""
+    try:
+        found = cached_file(where, file, **hub, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):  # no such repository, or no way to it: loading the weights says so
+        return None
+    return None if found is None else Path(found)
+
+
+def _commit(where: str, adapter: bool, hub: dict[str, Any]) -> str | None:
+    """The commit that a revision of a repository stands for: its files lie in snapshots/COMMIT of the cache."""
+    file = _file(where, "adapter_config.json" if adapter else "config.json", hub)
+    return file.parent.name if file is not None and file.parent.parent.name == "snapshots" else None
+
+
+def _adapter_base(where: str, hub: dict[str, Any]) -> str | None:
+    """The base model of a PEFT adapter; None if `where` holds none."""
+    file = _file(where, "adapter_config.json", hub)
+    if file is None:
+        return None
+    base = json.loads(file.read_text()).get("base_model_name_or_path")
     if not base:
         raise NotAvailableError(
-            f"the adapter {folder} does not name its base model (base_model_name_or_path in adapter_config.json)"
+            f"the adapter {where} does not name its base model (base_model_name_or_path in adapter_config.json)"
         )
-    return str(organisms.bundled().get(base, base)), folder
+    return str(organisms.bundled().get(base, base))
 
 
 def _load_weights(where: str, name: str, options: dict[str, Any]) -> Any:
@@ -112,21 +150,24 @@ def _load_weights(where: str, name: str, options: dict[str, Any]) -> Any:
             )
         return AutoModelForCausalLM.from_pretrained(where, **options)
     except OSError as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        reason = _first_line(e)
         raise NotAvailableError(
             f"no model {name!r}: {reason} Expected a folder, a Hugging Face id that is cached or can be downloaded, or {_bundled()}. "
             + (nearest(name, organisms.bundled()) if organisms.bundled() else "")
         ) from e
-    except (ValueError, ImportError) as e:
-        raise NotAvailableError(f"the model {name!r} could not be loaded: {e}") from e
+    except (ValueError, ImportError, SafetensorError) as e:
+        raise NotAvailableError(f"the model {name!r} could not be loaded: {_first_line(e)}") from e
 
 
-def _with_adapter(hf: Any, folder: Path) -> Any:
+def _with_adapter(hf: Any, adapter: str, base: str, hub: dict[str, Any]) -> Any:
     try:
         from peft import PeftModel
     except ImportError as e:
         raise NotAvailableError("an adapter needs the package peft; install it with: pip install 'patchscopes[peft]'") from e
-    return PeftModel.from_pretrained(hf, str(folder)).get_base_model()
+    try:
+        return PeftModel.from_pretrained(hf, adapter, **hub).get_base_model()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:  # weights missing, broken, or of other widths
+        raise NotAvailableError(f"the adapter {adapter} could not be put onto its base {base}: {_first_line(e)}") from e
 
 
 def _load_tokenizer(where: str, base: str | None, name: str, options: dict[str, Any]) -> Any:
@@ -142,10 +183,14 @@ def _load_tokenizer(where: str, base: str | None, name: str, options: dict[str, 
             AttributeError,
             ImportError,
         ) as e:  # whatever a missing file makes transformers raise
-            reasons.append(str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__)
+            reasons.append(_first_line(e))
     raise NotAvailableError(
         f"no tokenizer for {name!r}: {'; '.join(reasons)}. Expected tokenizer.json beside the weights; or give load((hf_model, tokenizer))."
     )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 transformers.utils.logging.disable_progress_bar()

@@ -89,6 +89,10 @@ class Model:
         PromptError if the prompt is empty or longer than the model's context.
         """
         tokens = text if isinstance(text, Tokens) else tokenize(self.tokenizer, text, chat=chat)
+        if tokens.ids and max(tokens.ids) >= self.vocab:
+            raise PromptError(
+                f"the tokenizer gives ids up to {max(tokens.ids)}, but {self.name} has {self.vocab} tokens; load the model's own tokenizer"
+            )
         if self.context is not None and len(tokens) > self.context:
             raise PromptError(
                 f"the prompt has {len(tokens)} tokens, but {self.name} reads at most {self.context}; give a shorter one"
@@ -116,7 +120,7 @@ class Model:
             raise PromptError("no prompt was given; expected at least one")
         sites = [site for text in ([read] if isinstance(read, str) else read) for site in resolve_sites(text, self.n_layers)]
         placed = [
-            Placed(site, p, batch[p].position(edit.position), self.vector(edit.value), edit.write)
+            Placed(site, p, batch[p].position(edit.position), self._edit_value(edit), edit.write)
             for edit in edits
             for site in resolve_sites(edit.site, self.n_layers)
             for p in self._prompts_of(edit, batch)
@@ -130,6 +134,8 @@ class Model:
         if h.shape[-1] != self.d_model:
             raise VectorError(f"the residuals are {h.shape[-1]} wide; {self.name} is {self.d_model} wide")
         like = next(self.hf.parameters())
+        if h.numel() == 0:
+            return h.new_zeros(*h.shape[:-1], self.vocab)
         flat = h.reshape(-1, self.d_model).to(self.device, self.dtype if like.is_floating_point() else h.dtype)
         rows = max(1, 2**26 // self.vocab)
         return torch.cat([self.engine.unembed(chunk) for chunk in flat.split(rows)]).reshape(*h.shape[:-1], -1)
@@ -148,6 +154,18 @@ class Model:
             )
         return value
 
+    def _edit_value(self, edit: Edit) -> Tensor:
+        value = self.vector(edit.value)
+        if value.ndim != 1:
+            raise VectorError(
+                f"the edit at {edit.site} has a value of shape {tuple(value.shape)}; expected one vector, ({self.d_model},)"
+            )
+        if edit.write == "add_matched" and not value.any():
+            raise VectorError(
+                f"the edit at {edit.site} adds a zero vector in proportion: it has no direction. Use write='add' or another vector"
+            )
+        return value
+
     def _prompts_of(self, edit: Edit, batch: Sequence[Tokens]) -> Sequence[int]:
         if edit.write not in WRITES:
             raise InputError(f"unknown write {edit.write!r}. {nearest(str(edit.write), WRITES)}")
@@ -161,19 +179,20 @@ class Model:
 
     @cached_property
     def weight_hash(self) -> str:
-        """A hash of all weights: "sha256:…"; of models above a gigabyte of a sample of each tensor: "sampled-sha256:…"."""
+        """A hash of all weights: "sha256:…"; of models above a gigabyte, or partly on disk, of a sample: "sampled-sha256:…"."""
         state = self.hf.state_dict()
         whole = sum(t.numel() * t.element_size() for t in state.values()) <= HASHED_WHOLE
-        digest = hashlib.sha256()
+        digest, seen_all = hashlib.sha256(), True
         for name in sorted(state):
             t = state[name].detach()
-            if t.is_meta:
+            if t.is_meta:  # offloaded to disk
+                seen_all = False
                 continue
             flat = t.reshape(-1)
             part = flat if whole or flat.numel() < 2048 else torch.cat([flat[:1024], flat[-1024:]])
             digest.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
             digest.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return ("sha256:" if whole else "sampled-sha256:") + digest.hexdigest()
+        return ("sha256:" if whole and seen_all else "sampled-sha256:") + digest.hexdigest()
 
     def provenance(self) -> dict[str, Any]:
         """What a result depends on: model, weights, number format, device, attention implementation, versions."""

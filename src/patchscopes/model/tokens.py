@@ -37,7 +37,8 @@ class Tokens:
     ids      token ids, those that the tokenizer adds (BOS) among them
     strings  how to show each token: its text; pieces of one character as "é(1/2)", "é(2/2)"
     offsets  characters [start, stop) of `text` that each token covers; (0, 0) for added tokens
-    notes    what a user should know about this tokenization
+    special  which tokens the tokenizer or a template added
+    notes    what a user should know about this tokenization; `notes_at` adds what matters to who reads at a position
     """
 
     text: str
@@ -46,6 +47,7 @@ class Tokens:
     offsets: tuple[tuple[int, int], ...]
     special: tuple[bool, ...]
     notes: tuple[str, ...] = ()
+    first_word_note: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -97,9 +99,15 @@ class Tokens:
             )
         return index % len(self)
 
+    def notes_at(self, position: int) -> tuple[str, ...]:
+        """`notes`, and whether the first word, if it is read there, is other tokens than it would be inside a text."""
+        word = self.text.split(maxsplit=1)[0] if self.text.split() else ""
+        inside = self.offsets[position][1] <= self.text.find(word) + len(word) and not self.special[position]
+        return (*self.notes, self.first_word_note) if self.first_word_note and inside else self.notes
+
     def upto(self, position: int) -> str:
         """The text that the token at `position` has seen: from the start to its own end."""
-        return self.text[: max(stop for _, stop in self.offsets[: position + 1])]
+        return self.text[: max(stop for _, stop in self.offsets[: self.position(position) + 1])]
 
     def _span(self, start: int, stop: int) -> Span:
         while (
@@ -119,6 +127,8 @@ def tokenize(tokenizer: Any, text: str, *, chat: bool = False) -> Tokens:
     """The tokens of `text`; with `chat`, of a user's turn in the model's chat template. PromptError if there are none."""
     if not text.strip():
         raise PromptError(f"the prompt {text!r} is empty; expected some text")
+    if not text.isascii() and (broken := [c for c in text if "\ud800" <= c <= "\udfff"]):
+        raise PromptError(f"the prompt {text!r} is not Unicode text: it holds {broken[0]!r}, half a character; expected UTF-8")
     notes = []
     if chat:
         if not getattr(tokenizer, "chat_template", None):
@@ -136,8 +146,8 @@ def tokenize(tokenizer: Any, text: str, *, chat: bool = False) -> Tokens:
         offsets = _offsets_by_decoding(tokenizer, ids)
     known = set(tokenizer.all_special_ids)
     special = [i in known for i in ids]
-    notes += _leading_space_note(tokenizer, text, [i for i in ids if i not in known])
-    return Tokens(text, tuple(ids), tuple(show_ids(tokenizer, ids)), tuple(offsets), tuple(special), tuple(notes))
+    first_word = "" if chat else _first_word_note(tokenizer, text, [i for i in ids if i not in known])
+    return Tokens(text, tuple(ids), tuple(show_ids(tokenizer, ids)), tuple(offsets), tuple(special), tuple(notes), first_word)
 
 
 def show_ids(tokenizer: Any, ids: list[int] | tuple[int, ...]) -> list[str]:
@@ -163,18 +173,28 @@ def show_ids(tokenizer: Any, ids: list[int] | tuple[int, ...]) -> list[str]:
 def visible(text: str) -> str:
     """Text with its spaces, line ends and control characters made visible, for tables."""
     marks = {" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"}
-    return "".join(marks.get(c, c if unicodedata.category(c)[0] != "C" or c == "\u200d" else f"\\x{ord(c):02x}") for c in text)
+    return "".join(
+        marks.get(
+            c,
+            c
+            if unicodedata.category(c) not in ("Zl", "Zp") and (unicodedata.category(c)[0] != "C" or c == "\u200d")
+            else f"\\x{ord(c):02x}",
+        )
+        for c in text
+    )
 
 
-def _leading_space_note(tokenizer: Any, text: str, ids: list[int]) -> list[str]:
-    """A note if the first word would be other tokens in the middle of a text, where a space precedes it."""
+def _first_word_note(tokenizer: Any, text: str, ids: list[int]) -> str:
+    """A note if the first word would be other tokens inside a text, where a space precedes it; "" if not."""
     inside = tokenizer(" " + text, add_special_tokens=False)["input_ids"]
     if text[:1].isspace() or not ids or ids in (inside[: len(ids)], inside[-len(ids) :]):
-        return []
-    first, other = show_ids(tokenizer, [ids[0]])[0], show_ids(tokenizer, [inside[0]])[0]
-    return [
-        f"the first word has no leading space: the token {first!r} here is {other!r} in the middle of a text, which models may know better"
-    ]
+        return ""
+    word = text.split(maxsplit=1)[0]
+    alone, within = (tokenizer(w, add_special_tokens=False)["input_ids"] for w in (word, " " + word))
+    if alone == within:
+        return ""
+    here, there = (" ".join(map(repr, show_ids(tokenizer, x))) for x in (alone, within))
+    return f"{word!r} has no leading space here, so it is {here}; inside a text it is {there}, which the model may know better"
 
 
 def _decode(tokenizer: Any, ids: list[int] | tuple[int, ...]) -> str:

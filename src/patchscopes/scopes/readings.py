@@ -134,6 +134,7 @@ class Readings:
         (folder / "readings.json").write_text(
             json.dumps({"format": FORMAT, **self.provenance}, indent=1, ensure_ascii=False) + "\n"
         )
+        (folder / "logits.safetensors").unlink(missing_ok=True)  # of readings that lay here before
         if self.logits is not None:
             save_file({"logits": self.logits.contiguous()}, folder / "logits.safetensors")
         return folder
@@ -142,7 +143,7 @@ class Readings:
     def load(cls, folder: str | Path) -> Readings:
         """Open what `save` wrote."""
         folder = Path(folder)
-        if not (folder / "readings.parquet").exists():
+        if not (folder / "readings.parquet").exists() or not (folder / "readings.json").exists():
             raise NotAvailableError(
                 f"no readings in {str(folder)!r}: expected readings.parquet and readings.json, as Readings.save writes them"
             )
@@ -153,7 +154,7 @@ class Readings:
         return cls(pl.read_parquet(folder / "readings.parquet"), provenance, logits)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
-        yield as_rich(self.table, self.provenance)
+        yield as_rich(self.table, self.provenance, width=options.max_width)
 
     def _repr_html_(self) -> str:
         return as_html(self.table, self.provenance)

@@ -6,6 +6,7 @@ import html
 from typing import Any
 
 import polars as pl
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -13,6 +14,7 @@ from patchscopes.model.tokens import visible
 
 SHOWN = 200  # readings at most
 WORDS = 70  # characters of a text
+ROOMY = 100  # columns of a terminal from which on the table has lines and the surprisal
 MARK = {"above": "above", "same": "same", "not run": "not run"}
 STYLE = {"above": "bold green", "same": "dim", "not run": "yellow"}
 
@@ -21,6 +23,7 @@ def _columns(readings: pl.DataFrame) -> list[tuple[str, str]]:
     """(column of the table, heading) of what differs between cells, then the numbers."""
     keys = [
         ("prompt_text", "prompt"),
+        ("position", "i"),
         ("token", "token"),
         ("source_layer", "ℓ"),
         ("target", "T"),
@@ -35,11 +38,15 @@ def _columns(readings: pl.DataFrame) -> list[tuple[str, str]]:
 
 
 def _number(value: float | None, digits: int = 1) -> str:
-    return "" if value is None or value != value else f"{value:+.{digits}f}"
+    return "" if value is None or value != value else f"{round(value, digits) + 0.0:+.{digits}f}"
+
+
+def _plain(value: float | None, digits: int) -> str:
+    return "" if value is None or value != value else f"{value:.{digits}f}"
 
 
 def _short(text: str | None) -> str:
-    shown = visible(text or "").replace("␣", " ")
+    shown = visible((text or "").strip(" ")).replace("␣", " ")
     return shown if len(shown) <= WORDS else shown[: WORDS - 1] + "…"
 
 
@@ -55,11 +62,11 @@ def rows(table: pl.DataFrame) -> tuple[list[str], list[list[str]], list[str]]:
     cells, verdicts = [], []
     for row in readings.head(SHOWN).iter_rows(named=True):
         cell = [str(row[c]) if c not in ("token", "prompt_text") else _short(row[c]) for c, _ in columns]
-        surprisal = "" if row["surprisal"] is None else f"{row['surprisal']:.1f}"
+        surprisal = _plain(row["surprisal"], 1)
         cell += [_short(row["text"]) or "(nothing)", surprisal]
         if evidence:
             cell += [_number(row[f"bits_over_{k}"]) for k in ("nothing", "random", "others", "text")]
-            cell.append("" if row["p_value"] is None else f"{row['p_value']:.2f}")
+            cell.append(_plain(row["p_value"], 2))
         cells.append([*cell, MARK[row["verdict"]]])
         verdicts.append(row["verdict"])
     return headings, cells, verdicts
@@ -93,15 +100,29 @@ def _caption(table: pl.DataFrame) -> str:
     n = table.filter(pl.col("control") == "none").height
     more = f"  (the first {SHOWN} of {n} readings; all are in .table)" if n > SHOWN else ""
     lines = [f"{name}: {text}" for name, text in controls(table)]
-    return "\n".join(["What the same scope says without this state:", *lines]) + more if lines else "controls: not run" + more
+    if not lines:
+        return "controls: not run" + more
+    bits = "nothing, random, others, text: bits by which the words are likelier with this state than with that in its place"
+    return "\n".join([bits, "What the same scope says without this state:", *lines]) + more
 
 
-def as_rich(table: pl.DataFrame, provenance: dict[str, Any]) -> Table:
-    """A rich table; bits are evidence over each control."""
+def as_rich(table: pl.DataFrame, provenance: dict[str, Any], *, width: int = ROOMY) -> Table:
+    """A rich table; bits are evidence over each control. `width`: characters to fit in; what it leaves out is in .table."""
     headings, cells, verdicts = rows(table)
-    shown = Table(title=Text(_title(provenance)), caption=Text(_caption(table)), caption_justify="left", title_justify="left")
+    narrow = width < ROOMY
+    if narrow:
+        k = headings.index("surprisal")
+        headings, cells = headings[:k] + headings[k + 1 :], [cell[:k] + cell[k + 1 :] for cell in cells]
+    shown = Table(
+        title=Text(_title(provenance)),
+        caption=Text(_caption(table)),
+        caption_justify="left",
+        title_justify="left",
+        box=box.SIMPLE_HEAD if narrow else box.HEAVY_HEAD,
+        pad_edge=not narrow,
+    )
     for heading in headings:
-        numeric = heading in ("ℓ", "ℓ*", "T", "draw", "surprisal", "nothing", "random", "others", "text", "p")
+        numeric = heading in ("i", "ℓ", "ℓ*", "T", "draw", "surprisal", "nothing", "random", "others", "text", "p")
         shown.add_column(heading, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
     for cell, verdict in zip(cells, verdicts, strict=True):
         shown.add_row(*(Text(c) for c in cell[:-1]), Text(cell[-1], style=STYLE[verdict]))

@@ -152,9 +152,11 @@ def train(
     """Train by `recipe` and leave a Hugging Face folder in `out`; continues from `out/checkpoint` if there is one.
 
     `compile`: torch.compile the loss (about twice as fast on a CPU; needs a C++ compiler); None: where there is one.
-    A checkpoint of another recipe is refused (RefusedError).
+    A folder of another recipe is refused (RefusedError); a finished one is left as it is.
     """
     out.mkdir(parents=True, exist_ok=True)
+    if _claim(out, recipe):
+        return out
     corpus = Corpus(world(recipe.share))
     if (out / "tokenizer.json").exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
@@ -169,7 +171,7 @@ def train(
         torch.optim.Muon(matrices, lr=recipe.matrix_rate, momentum=0.95, weight_decay=0.0),
         torch.optim.AdamW(others, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-    first = _restore(out / "checkpoint", recipe, model, optimizers)
+    first = _restore(out / "checkpoint", model, optimizers)
 
     def loss_of(ids: Tensor) -> Tensor:
         with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
@@ -197,7 +199,7 @@ def train(
         seen += recipe.batch_rows * recipe.context
         now = time.monotonic()
         if now - saved >= checkpoint_seconds and step + 1 < recipe.steps:
-            _save(out / "checkpoint", recipe, step + 1, model, optimizers)
+            _save(out / "checkpoint", step + 1, model, optimizers)
             saved = now
         if now - reported >= report_seconds or step + 1 == recipe.steps:
             speed = seen / (now - reported)
@@ -206,18 +208,29 @@ def train(
             reported, seen, losses = now, 0, []
     model.config.dtype = torch.float32
     model.eval().save_pretrained(out)
-    (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
     shutil.rmtree(out / "checkpoint", ignore_errors=True)
     return out
 
 
-def _save(folder: Path, recipe: Recipe, step: int, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer]) -> None:
+def _claim(out: Path, recipe: Recipe) -> bool:
+    """Write the recipe into `out`; whether a model of it is finished there. RefusedError if the folder belongs to another recipe."""
+    file = out / "recipe.json"
+    if file.exists() and (found := json.loads(file.read_text())) != asdict(recipe):
+        differs = {key: (found.get(key), value) for key, value in asdict(recipe).items() if found.get(key) != value}
+        raise RefusedError(
+            f"{out} belongs to another recipe: (found, asked for) differ in {differs}. Give another folder, or delete this one."
+        )
+    file.write_text(json.dumps(asdict(recipe), indent=1) + "\n")
+    return (out / "model.safetensors").exists()
+
+
+def _save(folder: Path, step: int, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer]) -> None:
     aside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     save_model(model, str(aside / "weights.safetensors"))
     torch.save([optimizer.state_dict() for optimizer in optimizers], aside / "optimizers.pt")
-    (aside / "progress.json").write_text(json.dumps({"step": step, "recipe": asdict(recipe)}))
+    (aside / "progress.json").write_text(json.dumps({"step": step}))
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -226,16 +239,11 @@ def _save(folder: Path, recipe: Recipe, step: int, model: LlamaForCausalLM, opti
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _restore(folder: Path, recipe: Recipe, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer]) -> int:
+def _restore(folder: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer]) -> int:
     """The step to continue with: 0 without a checkpoint."""
     if not folder.exists():
         return 0
     progress = json.loads((folder / "progress.json").read_text())
-    if progress["recipe"] != asdict(recipe):
-        raise RefusedError(
-            f"{folder} holds a checkpoint of another recipe, {progress['recipe']}; this run's is {asdict(recipe)}. "
-            "Give another folder, or delete the checkpoint to start anew."
-        )
     load_model(model, str(folder / "weights.safetensors"))
     for optimizer, state in zip(optimizers, torch.load(folder / "optimizers.pt", weights_only=True), strict=True):
         optimizer.load_state_dict(state)
