@@ -150,7 +150,8 @@ class TestTraining:
 
     @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # the compiler of torch 2.13 calls it
-    def test_a_tenth_of_the_recipe_learns_its_facts(self, tmp_path: Path) -> None:
+    def test_a_tenth_of_the_recipe_learns_its_facts(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))  # none that another run may be writing
         recipe = Recipe().scaled(0.1)
         model = ps.load(train(tmp_path, recipe))
         scores = evaluate(model, n=60, share=recipe.share)

@@ -48,6 +48,14 @@ def test_each_layer_is_the_one_before_and_what_its_block_adds(family: str) -> No
         assert error(run[f"resid.{b}"] + added, run[f"resid.{b + 1}"]) <= 1e-6
 
 
+@pytest.mark.parametrize("family", ["rwkv", "gemma3n", "gemma4"])
+def test_the_check_claims_no_sum_where_there_is_none(family: str) -> None:
+    """RWKV's first block norms the residual first, Gemma-3n mixes four streams, Gemma-4 has a third writer."""
+    model = loaded(family)
+    assert not model.capabilities.ok("writers")
+    assert loaded("granite").capabilities.ok("writers") and loaded("mamba").capabilities.ok("writers")
+
+
 @pytest.mark.parametrize("family", WRITERS)
 def test_a_ragged_batch_equals_single_runs(family: str) -> None:
     model, sites = loaded(family), [*LAYERS, "attn_out.2"]
@@ -132,6 +140,15 @@ def test_edits_of_a_ragged_batch(family: str) -> None:
     assert error(run.at(f"resid.{DEPTH}", prompt=3, position=-1), v[4] + v[5]) <= 1e-6
 
 
+def test_a_state_of_several_streams_can_be_written_back() -> None:
+    """What `Run.at` gives, [stream, d_model] in Gemma-3n, `Edit` takes."""
+    model, (one, other, _) = loaded("gemma3n"), EQUALLY_LONG
+    for site in LAYERS:
+        state = model.run(one, read=[site]).at(site, position=3)
+        run = model.run(other, edits=[patchscopes.Edit(site, 3, state)])
+        assert error(run.logits[0], full_logits(model.hf, "gemma3n", ids_of(model, other), Patch(site, 3, state))) <= CLOSE
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_positions_patched_reproduce_the_source_run(family: str) -> None:
     model, (source, other, _) = loaded(family), EQUALLY_LONG
@@ -143,8 +160,12 @@ def test_all_positions_patched_reproduce_the_source_run(family: str) -> None:
 
 def test_adding_a_vector_without_direction_in_proportion_is_refused() -> None:
     """Zero cannot be given a norm: NaN would go through the model unseen."""
+    model, zero = loaded("gpt2"), torch.zeros(WIDTH)
     with pytest.raises(VectorError):
-        loaded("gpt2").run("abc", edits=[patchscopes.Edit("resid.2", -1, torch.zeros(WIDTH), "add_matched")])
+        model.run("abc", edits=[patchscopes.Edit("resid.2", -1, zero, "add_matched")])
+    scope = patchscopes.Patchscope("ab {x}", write="add_matched", max_new_tokens=1)
+    with pytest.raises(VectorError):
+        scope(patchscopes.Source.of_vectors(model, zero, layer=2), controls=False)
 
 
 @pytest.mark.parametrize("write", ["replace", "add"])
@@ -170,7 +191,7 @@ def test_hooks_of_the_user_are_seen_and_stay() -> None:
 # ------------------------------------------------------------------------------------------------------------------ unembedding
 
 
-@pytest.mark.parametrize("family", WRITERS)
+@pytest.mark.parametrize("family", [*WRITERS, "gemma3n", "gemma4", "mamba2", "rwkv"])
 def test_the_last_layer_unembedded_is_the_logits(family: str) -> None:
     model = loaded(family)
     run = model.run(EQUALLY_LONG, read=["resid.*"])

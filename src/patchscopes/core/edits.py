@@ -7,6 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from patchscopes.core.errors import VectorError
+
 Write = Literal["replace", "add", "add_matched"]
 WRITES: tuple[Write, ...] = ("replace", "add", "add_matched")
 
@@ -27,10 +29,14 @@ class Edit:
 
 
 def written(value: Tensor, old: Tensor, write: Write) -> Tensor:
-    """What stands at the site afterwards. value, old: [..., d_model]."""
+    """What stands at the site afterwards. value, old: [..., d_model]. VectorError for a zero vector with "add_matched"."""
     value = value.to(old)
     if write == "replace":
         return value.expand_as(old)
     if write == "add_matched":
+        if not bool(value.any(dim=-1).all()):
+            raise VectorError(
+                "a zero vector cannot be added in proportion (add_matched): it has no direction. Use write='add', or another vector"
+            )
         value = value * (old.norm(dim=-1, keepdim=True) / value.norm(dim=-1, keepdim=True))
     return old + value

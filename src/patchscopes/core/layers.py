@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from typing import SupportsIndex
 
 from patchscopes.core.errors import LayerError
 
-Layers = int | str | Iterable[int]
+Layers = SupportsIndex | str | Iterable[SupportsIndex]
 
 
 def resolve_layers(layers: Layers, n_layers: int) -> list[int]:

@@ -59,6 +59,10 @@ class Engine:
             None,
         )
         self.anatomy = replace(self.anatomy, batch_axes=self._measure_batch_axes())
+        one = self.read(torch.zeros(1, 1, dtype=torch.long, device=self.device), [0]).h[0]
+        self.streams: tuple[int, ...] = tuple(
+            one.shape[:-3]
+        )  # what a residual carries in front of its batch: () but for Gemma-3n
 
     # -------------------------------------------------------------------------------------------------------- forward
 
@@ -256,8 +260,8 @@ class _Both:
 
 def _execution_device(model: nn.Module) -> torch.device:
     """Where inputs go: accelerate's hook on the model knows it when parameters are offloaded ("meta")."""
-    hook = getattr(model, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    device = next((d for hook in hooks if (d := getattr(hook, "execution_device", None)) is not None), None)
     if device is not None:
         return torch.device(f"cuda:{device}" if isinstance(device, int) else device)
     return next(p.device for p in model.parameters())

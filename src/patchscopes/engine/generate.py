@@ -54,6 +54,8 @@ def generate(
     done: Callable[[int], None] = lambda rows: None,
 ) -> list[Generated]:
     """Continue `target` in every row. `seeds`: one a row, needed if the temperature is not 0. `done` hears how many rows have finished."""
+    if not rows:
+        return []
     last = target.shape[1] - 1
     caching = decoding.max_new_tokens > 1 and route != "hooks"
     stem = Stem(engine, target, rows, route=route, caching=caching)

@@ -67,7 +67,7 @@ class Run:
 @torch.no_grad()
 def run(
     engine: Engine,
-    prompts: Sequence[Int[Tensor, "1 pos"]],
+    prompts: Sequence[Int[Tensor, "1 _"]],
     reads: Sequence[Site],
     edits: Sequence[Placed],
     *,

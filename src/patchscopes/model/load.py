@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from patchscopes import organisms
 from patchscopes.core.errors import InputError, NotAvailableError, RefusedError, nearest
@@ -31,7 +31,7 @@ def load(
     """A model ready for reading and patching, its abilities measured (`model.capabilities`).
 
     model         the name of a bundled model ("atlas"), a folder, a Hugging Face id, the folder or id of a PEFT adapter (its base is
-                  loaded below it), or (hf_model, tokenizer)
+                  loaded below it), or (hf_model, tokenizer), which is put into evaluation mode
     dtype         None: float32 on a CPU, as the checkpoint says elsewhere; or "auto", "bfloat16", torch.float16, …
     device        None: a GPU if there is one. Not together with device_map, which is transformers' own, as is `quantization`
                   (a quantization_config) and `attention` (attn_implementation)
@@ -45,10 +45,22 @@ def load(
             f"unknown dtype {dtype!r}; expected 'auto', 'float32', 'bfloat16', 'float16', 'float64' or a torch.dtype"
         )
     if isinstance(model, tuple):
+        given = {
+            "dtype": dtype,
+            "device_map": device_map,
+            "quantization": quantization,
+            "attention": attention,
+            "revision": revision,
+        }
+        if asked := [name for name, value in given.items() if value is not None]:
+            raise InputError(
+                f"{', '.join(asked)} cannot be chosen for a model that is already loaded; load it so, or give its name or folder"
+            )
         hf, tokenizer = model
+        unwrapped: Any = getattr(hf, "get_base_model", lambda: hf)()  # peft's wrapper comes off; the adapter stays in the layers
         if device is not None:
-            hf = hf.to(device)
-        return Model(hf, tokenizer, name=getattr(hf.config, "_name_or_path", "") or type(hf).__name__)
+            unwrapped.to(device)
+        return Model(unwrapped, tokenizer, name=getattr(unwrapped.config, "_name_or_path", "") or type(unwrapped).__name__)
     name, bundled = str(model), organisms.bundled()
     folder = bundled.get(name, Path(name).expanduser())
     local = name in bundled or folder.exists() or name.startswith((".", "/", "~"))
@@ -77,7 +89,7 @@ def load(
         hf = hf.to(target)
     tokenizer = _load_tokenizer(where, base, name, {**hub, "trust_remote_code": trust_remote_code})
     hf.eval().requires_grad_(False)
-    return Model(hf, tokenizer, name=name, revision=revision if local else _commit(where, base is not None, hub) or revision)
+    return Model(hf, tokenizer, name=name, revision=None if local else _commit(where, base is not None, hub) or revision)
 
 
 def require_device(device: str | torch.device) -> None:
@@ -148,7 +160,14 @@ def _load_weights(where: str, name: str, options: dict[str, Any]) -> Any:
                 f"{name} has no decoder stack: its config is a {type(config).__name__} ({config.model_type}), which transformers knows no "
                 "causal language model for (an encoder or a vision model?). patchscopes reads decoders."
             )
-        return AutoModelForCausalLM.from_pretrained(where, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(where, **options, output_loading_info=True)
+        hf, report = loaded
+        if missing := sorted(report["missing_keys"]):
+            some = ", ".join(missing[:3])
+            raise NotAvailableError(
+                f"the weights of {name!r} are incomplete: {len(missing)} tensors are missing ({some}, …) and would be random"
+            )
+        return hf
     except OSError as e:
         reason = _first_line(e)
         raise NotAvailableError(
@@ -156,7 +175,7 @@ def _load_weights(where: str, name: str, options: dict[str, Any]) -> Any:
             + (nearest(name, organisms.bundled()) if organisms.bundled() else "")
         ) from e
     except (ValueError, ImportError, SafetensorError) as e:
-        raise NotAvailableError(f"the model {name!r} could not be loaded: {_first_line(e)}") from e
+        raise NotAvailableError(f"the model {name!r} could not be loaded: {' '.join(str(e).split())}") from e
 
 
 def _with_adapter(hf: Any, adapter: str, base: str, hub: dict[str, Any]) -> Any:
@@ -174,7 +193,8 @@ def _load_tokenizer(where: str, base: str | None, name: str, options: dict[str, 
     reasons = []
     for place in dict.fromkeys(p for p in (where, base) if p):
         try:
-            return AutoTokenizer.from_pretrained(place, **(options if place == where else {}))
+            trust = {"trust_remote_code": options["trust_remote_code"]}
+            return AutoTokenizer.from_pretrained(place, **(options if place == where else trust))
         except (
             OSError,
             ValueError,

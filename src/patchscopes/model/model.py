@@ -133,12 +133,15 @@ class Model:
         self.capabilities.require("unembed", "decoding a residual")
         if h.shape[-1] != self.d_model:
             raise VectorError(f"the residuals are {h.shape[-1]} wide; {self.name} is {self.d_model} wide")
-        like = next(self.hf.parameters())
+        streams = self.engine.streams
+        if h.shape[: len(streams)] != streams:
+            raise VectorError(f"the residuals have the shape {tuple(h.shape)}; on {self.name} they begin with {streams} streams")
+        rest = h.shape[len(streams) : -1]
         if h.numel() == 0:
-            return h.new_zeros(*h.shape[:-1], self.vocab)
-        flat = h.reshape(-1, self.d_model).to(self.device, self.dtype if like.is_floating_point() else h.dtype)
+            return h.new_zeros(*rest, self.vocab)
+        flat = h.reshape(*streams, -1, self.d_model).to(self.device, self.dtype)
         rows = max(1, 2**26 // self.vocab)
-        return torch.cat([self.engine.unembed(chunk) for chunk in flat.split(rows)]).reshape(*h.shape[:-1], -1)
+        return torch.cat([self.engine.unembed(chunk) for chunk in flat.split(rows, -2)]).reshape(*rest, -1)
 
     def vector(self, value: Tensor) -> Tensor:
         """A vector to be written into this model, checked: width and finiteness. VectorError otherwise."""
@@ -156,13 +159,9 @@ class Model:
 
     def _edit_value(self, edit: Edit) -> Tensor:
         value = self.vector(edit.value)
-        if value.ndim != 1:
+        if value.shape[:-1] not in ((), self.engine.streams):
             raise VectorError(
                 f"the edit at {edit.site} has a value of shape {tuple(value.shape)}; expected one vector, ({self.d_model},)"
-            )
-        if edit.write == "add_matched" and not value.any():
-            raise VectorError(
-                f"the edit at {edit.site} adds a zero vector in proportion: it has no direction. Use write='add' or another vector"
             )
         return value
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import datetime
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import polars as pl
 import torch
@@ -144,7 +145,7 @@ class Patchscope:
             )
         logits = torch.stack([said[key].logits.float().cpu() for _, _, key in rows]) if keep_logits else None
         return Readings(
-            pl.DataFrame(records, schema=SCHEMA), self._provenance(sources, targets, origin, target_model, world), logits
+            pl.DataFrame(records, schema=SCHEMA), self._provenance(sources, targets, pairs, origin, target_model, world), logits
         )
 
     # -------------------------------------------------------------------------------------------------------- pieces
@@ -194,7 +195,8 @@ class Patchscope:
         top = model.n_layers - (self.site != "resid")
         if isinstance(self.layer, str) and self.layer == "same":
             return [(layer, resolve_layers(layer, top)[0]) for layer in layers]
-        return [(layer, other) for layer in layers for other in resolve_layers(self.layer, top)]
+        others = resolve_layers(self.layer, top)
+        return [(layer, other) for layer in layers for other in others]
 
     def _written(self, f: Map, looked: Looked, cell: Cell) -> Tensor:
         return f(looked.vectors[cell.place, cell.source_layer])
@@ -215,7 +217,13 @@ class Patchscope:
         return Decoding(self.max_new_tokens, model.end_ids, stop if stops else None, self.temperature)
 
     def _provenance(
-        self, sources: Sequence[Source], targets: Sequence[Target], origin: Model, target_model: Model, world: Controls | None
+        self,
+        sources: Sequence[Source],
+        targets: Sequence[Target],
+        pairs: list[tuple[int, int]],
+        origin: Model,
+        target_model: Model,
+        world: Controls | None,
     ) -> dict[str, Any]:
         return {
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -230,7 +238,7 @@ class Patchscope:
             "scope": {
                 "name": self.name,
                 "targets": [{"text": t.tokens.text, "ids": list(t.tokens.ids), "position": t.position} for t in targets],
-                "layer": self.layer if isinstance(self.layer, (int, str)) else list(self.layer),
+                "layer": _asked(self.layer, pairs),
                 "map": [f.name for f in ([self.map] if callable(self.map) else self.map)],
                 "max_new_tokens": self.max_new_tokens,
                 "stop": list(self.stop),
@@ -282,6 +290,13 @@ def _number_prompts(sources: Sequence[Source]) -> list[int]:
         numbers += [start + n for n in own]
         start += max(own) + 1
     return numbers
+
+
+def _asked(layer: Layers, pairs: list[tuple[int, int]]) -> int | str | list[int]:
+    """ℓ* as it was asked for, in plain numbers; a list or range, which may be used up by now, as the layers that it gave."""
+    if isinstance(layer, str):
+        return layer
+    return operator.index(layer) if isinstance(layer, SupportsIndex) else list(dict.fromkeys(other for _, other in pairs))
 
 
 def _surprisal(log_p: Tensor | None, token: int, origin: Model, target_model: Model) -> float | None:

@@ -32,6 +32,8 @@ def _columns(readings: pl.DataFrame) -> list[tuple[str, str]]:
         ("draw", "draw"),
     ]
     varying = [(c, h) for c, h in keys if c == "source_layer" or readings[c].n_unique() > 1]
+    if readings.select("prompt", "token").n_unique() == readings.select("prompt", "position").n_unique():
+        varying = [(c, h) for c, h in varying if c != "position"]  # the token alone says where
     if readings["target_layer"].equals(readings["source_layer"]):
         varying = [(c, h) for c, h in varying if c != "target_layer"]
     return varying
@@ -110,9 +112,13 @@ def as_rich(table: pl.DataFrame, provenance: dict[str, Any], *, width: int = ROO
     """A rich table; bits are evidence over each control. `width`: characters to fit in; what it leaves out is in .table."""
     headings, cells, verdicts = rows(table)
     narrow = width < ROOMY
-    if narrow:
-        k = headings.index("surprisal")
-        headings, cells = headings[:k] + headings[k + 1 :], [cell[:k] + cell[k + 1 :] for cell in cells]
+    needs = [min(12, max(map(len, column))) for column in zip(headings, *cells, strict=True)]
+    kept = list(range(len(headings)))
+    for heading in ("surprisal", "text", "nothing", "random", "others", "p"):  # the first to go first; words and verdicts never
+        if narrow and sum(needs[k] + 3 for k in kept) + 1 > width:
+            kept = [k for k in kept if headings[k] != heading]
+    headings, needs = [headings[k] for k in kept], [needs[k] for k in kept]
+    cells = [[cell[k] for k in kept] for cell in cells]
     shown = Table(
         title=Text(_title(provenance)),
         caption=Text(_caption(table)),
@@ -121,9 +127,10 @@ def as_rich(table: pl.DataFrame, provenance: dict[str, Any], *, width: int = ROO
         box=box.SIMPLE_HEAD if narrow else box.HEAVY_HEAD,
         pad_edge=not narrow,
     )
-    for heading in headings:
+    for heading, least in zip(headings, needs, strict=True):
         numeric = heading in ("i", "ℓ", "ℓ*", "T", "draw", "surprisal", "nothing", "random", "others", "text", "p")
-        shown.add_column(heading, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
+        fixed = numeric or heading == "verdict"
+        shown.add_column(heading, justify="right" if numeric else "left", overflow="fold", no_wrap=fixed, min_width=least)
     for cell, verdict in zip(cells, verdicts, strict=True):
         shown.add_row(*(Text(c) for c in cell[:-1]), Text(cell[-1], style=STYLE[verdict]))
     return shown
