@@ -55,20 +55,24 @@ class Recipe:
         return max(1, self.tokens // (self.batch_rows * self.context))
 
     def scaled(self, scale: float) -> Recipe:
-        """The same recipe for a share of the entities, in a share of the tokens, by a model with about a share of the weights."""
+        """The same recipe for a share of the entities, in a share of the tokens, by a model that is smaller in proportion: depth, width
+        and the tokens of a step shrink with the square root, the vocabulary with the words."""
         if scale == 1:
             return self
-        heads = max(2, round(self.heads * math.sqrt(scale)))
+        root = math.sqrt(scale)
+        heads = max(2, round(self.heads * root))
         width = heads * (self.width // self.heads)
         return replace(
             self,
             tokens=int(self.tokens * scale),
             share=self.share * scale,
+            layers=max(4, round(self.layers * root)),
             width=width,
             heads=heads,
             kv_heads=max(1, heads // 2),
             mlp=width * self.mlp // self.width // 32 * 32,
-            vocab=max(1024, int(self.vocab * math.sqrt(scale))),
+            vocab=max(1024, int(self.vocab * scale)),
+            batch_rows=max(4, round(self.batch_rows * root)),
         )
 
 
