@@ -34,11 +34,6 @@ class Site:
     def __str__(self) -> str:
         return f"{self.name}.{self.index}"
 
-    @property
-    def block(self) -> int:
-        """The first block that sees an edit made here: L (no block) for the last layer."""
-        return self.index
-
 
 def resolve_sites(text: str, n_layers: int) -> list[Site]:
     """The sites that `text` names ("resid.3", "resid.*", "attn_out.-1", "blocks.2.hook_resid_post"). SiteError if there is none."""

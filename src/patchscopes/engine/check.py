@@ -177,6 +177,9 @@ def check(engine: Engine, dtype: torch.dtype) -> Capabilities:
         try:
             expected = against() if callable(against) else against
             error = float((compute() - expected).float().abs().max()) / scale
+        except torch.OutOfMemoryError:  # says nothing of the model, and must not be remembered as if it did
+            raise
+        # whatever a model's own code makes of a run that it was not written for: the ability is absent, and the reason is kept
         except (RuntimeError, LookupError, AttributeError, TypeError, ValueError, NotImplementedError, PatchscopesError) as e:
             found[name] = Ability(False, math.nan, f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}")
             return

@@ -60,9 +60,8 @@ class Engine:
         )
         self.anatomy = replace(self.anatomy, batch_axes=self._measure_batch_axes())
         one = self.read(torch.zeros(1, 1, dtype=torch.long, device=self.device), [0]).h[0]
-        self.streams: tuple[int, ...] = tuple(
-            one.shape[:-3]
-        )  # what a residual carries in front of its batch: () but for Gemma-3n
+        # what a residual carries in front of its batch: () but for Gemma-3n
+        self.streams: tuple[int, ...] = tuple(one.shape[:-3])
 
     # -------------------------------------------------------------------------------------------------------- forward
 

@@ -82,15 +82,14 @@ class Stem:
             self.start = min(self.start, _common_prefix(targets))
         if route != "stairs":
             self.start = 0
-        self.caching = caching
         self.prefix = engine.new_cache() if self.start or caching else None
         self.base_cache: Any = None
         self.base: Reading | None = None
         self.layers = sorted({self.join(row) for row in rows})
 
     @torch.no_grad()
-    def prepare(self, keep: Sequence[int]) -> None:
-        """Run the prefix and the base; `keep`: positions of the targets whose unpatched logits are wanted."""
+    def prepare(self) -> None:
+        """Run the prefix and the base, once. Of the base's logits nothing is wanted, so only one position is unembedded."""
         engine = self.engine
         if self.route == "hooks" or self.base is not None:
             return
@@ -100,8 +99,7 @@ class Stem:
             everyone = torch.zeros(len(self.targets), dtype=torch.long, device=self.targets.device)
             self.base_cache = fork(self.prefix, [everyone] * engine.n_layers)
         suffix = self.targets[:, self.start :]
-        relative = [k - self.start for k in keep]
-        self.base = engine.read(suffix, self.layers, offset=self.start, cache=self.base_cache, keep=relative)
+        self.base = engine.read(suffix, self.layers, offset=self.start, cache=self.base_cache, keep=[suffix.shape[1] - 1])
 
     def join(self, row: Row) -> int:
         """The layer at which a row leaves the base run."""
@@ -112,7 +110,7 @@ class Stem:
         """Run `rows` from their ℓ* on. `keep`: positions of the targets whose logits are wanted."""
         if self.route == "hooks":
             return self._walk_by_hooks(rows, keep)
-        self.prepare(keep)
+        self.prepare()
         engine, base, start = self.engine, self.base, self.start
         assert base is not None
         order = sorted(range(len(rows)), key=lambda r: self.join(rows[r]))  # the first to join come first

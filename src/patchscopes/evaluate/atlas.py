@@ -16,6 +16,7 @@ An object is read out if the text begins with it, as whole words.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -154,13 +155,12 @@ def _begins(model: Model, asked: Sequence[tuple[str, Fact]], progress: Progress,
     return [hits[k] for k in range(len(asked))]
 
 
-def _mention(fact: Fact) -> str:
-    """A sentence that says nothing of the entity, never seen in training."""
-    return HELD_OUT_MENTIONS[seed_of(fact.entity) % len(HELD_OUT_MENTIONS)].format(x=fact.entity)
-
-
 def _source(model: Model, fact: Fact, layer: list[int]) -> Source:
-    return Source(model, _mention(fact), model.tokens(_mention(fact)).find(fact.entity, occurrence=1).last, layer)
+    """The last token of the entity in a sentence that says nothing of it, of a form never seen in training."""
+    sentence = HELD_OUT_MENTIONS[seed_of(fact.entity) % len(HELD_OUT_MENTIONS)]
+    before = sentence.partition("{x}")[0]
+    tokens = model.tokens(sentence.format(x=fact.entity))
+    return Source(model, tokens, tokens.find(fact.entity, occurrence=before.count(fact.entity) + 1), layer)
 
 
 def _scope(fact: Fact, layer: list[int]) -> Patchscope:
@@ -191,34 +191,47 @@ def _extract(
     return hits
 
 
-def _extract_random(model: Model, facts: Sequence[Fact], cell: tuple[int, int], seed: int, progress: Progress) -> list[bool]:
+def _extract_from(
+    model: Model,
+    facts: Sequence[Fact],
+    cell: tuple[int, int],
+    sources: Callable[[list[int]], Source | list[Source]],
+    progress: Progress,
+    what: str,
+) -> list[bool]:
+    """Each fact's question put to other vectors than its own: sources(facts of one relation) gives one for each."""
     hits = [False] * len(facts)
     done = 0
     for mine in _by_relation(facts):
+        texts = _scope(facts[mine[0]], [cell[1]])(sources(mine), controls=False).table["text"]
+        for k, text in zip(mine, texts, strict=True):
+            hits[k] = begins_with(text, facts[k].object)
+        done += len(mine)
+        progress(done, len(facts), what)
+    return hits
+
+
+def _extract_random(model: Model, facts: Sequence[Fact], cell: tuple[int, int], seed: int, progress: Progress) -> list[bool]:
+    """Random vectors with the norms of the facts' own."""
+
+    def noise(mine: list[int]) -> Source:
         places = [place for k in mine for place in _source(model, facts[k], [cell[0]]).places()]
         looked = look(model, places, [cell[0]], "resid")
         own = torch.stack([looked.vectors[i, cell[0]] for i in range(len(mine))])
-        source = Source.of_vectors(model, random_like(own, f"{seed} {facts[mine[0]].relation.key}"), layer=cell[0])
-        for i, text in enumerate(_scope(facts[mine[0]], [cell[1]])(source, controls=False).table["text"]):
-            hits[mine[i]] = begins_with(text, facts[mine[i]].object)
-        done += len(mine)
-        progress(done, len(facts), "random vectors")
-    return hits
+        return Source.of_vectors(model, random_like(own, f"{seed} {facts[mine[0]].relation.key}"), layer=cell[0])
+
+    return _extract_from(model, facts, cell, noise, progress, "random vectors")
 
 
 def _extract_others(
     model: Model, facts: Sequence[Fact], cell: tuple[int, int], rng: random.Random, progress: Progress
 ) -> list[bool]:
-    """Each fact's question put to the vector of another entity that has the relation: shifted by a random number of places."""
-    hits = [False] * len(facts)
-    done = 0
-    for mine in _by_relation(facts):
-        done += len(mine)
-        if len(mine) < 2:
-            continue
+    """The vectors of other entities that have the relation: shifted by a random number of places. A relation of one fact has none."""
+    counts = Counter(fact.relation.key for fact in facts)
+    shared = [fact for fact in facts if counts[fact.relation.key] > 1]
+
+    def strangers(mine: list[int]) -> list[Source]:
         shift = rng.randrange(1, len(mine))
-        sources = [_source(model, facts[mine[(i + shift) % len(mine)]], [cell[0]]) for i in range(len(mine))]
-        for i, text in enumerate(_scope(facts[mine[0]], [cell[1]])(sources, controls=False).table["text"]):
-            hits[mine[i]] = begins_with(text, facts[mine[i]].object)
-        progress(done, len(facts), "other entities' vectors")
-    return hits
+        return [_source(model, shared[mine[(i + shift) % len(mine)]], [cell[0]]) for i in range(len(mine))]
+
+    return _extract_from(model, shared, cell, strangers, progress, "other entities' vectors")

@@ -123,7 +123,14 @@ class Readings:
         labels = tuple(f"{c}: {tokens[c]}" if column == "position" else str(c) for c in columns)
         name = "position" if column == "position" else "target layer ℓ*"
         return Grid(
-            values, tuple(map_str(rows)), labels, "source layer ℓ", name, metric, UNITS[metric], tuple(tuple(t) for t in texts)
+            values,
+            tuple(str(row) for row in rows),
+            labels,
+            "source layer ℓ",
+            name,
+            metric,
+            UNITS[metric],
+            tuple(tuple(t) for t in texts),
         )
 
     def save(self, folder: str | Path) -> Path:
@@ -166,8 +173,3 @@ class Readings:
         return captured.get()
 
     __repr__ = __str__
-
-
-def map_str(values: list[int]) -> list[str]:
-    """Labels of numbers."""
-    return [str(v) for v in values]
