@@ -1,0 +1,117 @@
+"""One attention function of our own, in which scores, pattern and what goes in and out can be read and edited.
+
+    scores  = scaling · q kᵀ  (through the soft-cap, if the model has one)  + mask        [batch, head, query, key]
+    pattern = softmax(scores)   over keys, and over one more column where the model has attention sinks (gpt-oss)
+    z       = pattern · v                                                                 [batch, query, head, d_head]
+
+It is registered with `transformers` once and used only inside `switched`; outside, and after an exception, the model runs its own.
+The function is called by the model with the module that asks; what a run wants there stands in that module's `SLOT`. It computes in
+the model's number format, the softmax in float32 or better, as the models' own eager functions do.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+NAME = "patchscopes"  # of our function among the attention implementations
+SLOT = "_patchscopes_tap"  # the attribute of a module where a run leaves its `Tap`
+
+
+class Tap(Protocol):
+    """What a run wants of one attention module: each value comes by, and the one returned is used instead."""
+
+    def heads(self, name: str, value: Float[Tensor, "batch head pos d_head"]) -> Tensor:
+        """name: "q", "k", "v" (key-value heads, before they are repeated) or "z"."""
+        ...
+
+    def edges(self, name: str, value: Float[Tensor, "batch head query key"]) -> Tensor:
+        """name: "scores" (the mask is in them) or "pattern"."""
+        ...
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **_kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention as `transformers` asks for it: query [batch, head, q, d_head], key and value [batch, kv_head, k, d_head].
+
+    Returns z [batch, q, head, d_head] and the pattern [batch, head, q, k].
+    """
+    tap: Tap | None = getattr(module, SLOT, None)
+    if tap is not None:
+        query, key, value = tap.heads("q", query), tap.heads("k", key), tap.heads("v", value)
+    scores = match(query, key) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    for bias in (position_bias, attention_mask):
+        if bias is not None:
+            if bias.dtype == torch.bool:
+                scores = scores.masked_fill(~bias, torch.finfo(scores.dtype).min)
+            else:
+                scores = scores + bias[..., : scores.shape[-1]]
+    if tap is not None:
+        scores = tap.edges("scores", scores)
+    pattern = _softmax(scores, s_aux).to(query.dtype)
+    if tap is not None:
+        pattern = tap.edges("pattern", pattern)
+    z = mix(pattern, value)
+    if tap is not None:
+        z = tap.heads("z", z)
+    return z.transpose(1, 2).contiguous(), pattern
+
+
+def match(query: Float[Tensor, "batch head q d"], key: Float[Tensor, "batch kv_head k d"]) -> Float[Tensor, "batch head q k"]:
+    """q kᵀ. Heads that share keys (GQA) come one after the other, so they are folded into the queries, and no key is repeated."""
+    grouped = query.unflatten(1, (key.shape[1], -1))
+    return torch.matmul(grouped.flatten(2, 3), key.transpose(-1, -2)).unflatten(2, grouped.shape[2:4]).flatten(1, 2)
+
+
+def mix(pattern: Float[Tensor, "batch head q k"], value: Float[Tensor, "batch kv_head k d"]) -> Float[Tensor, "batch head q d"]:
+    """pattern · v, heads that share values folded into the queries."""
+    grouped = pattern.unflatten(1, (value.shape[1], -1))
+    return torch.matmul(grouped.flatten(2, 3), value).unflatten(2, grouped.shape[2:4]).flatten(1, 2)
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    kind = torch.promote_types(scores.dtype, torch.float32)
+    if sinks is None:
+        return scores.softmax(-1, dtype=kind)
+    column = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+    return torch.cat([scores, column.to(scores)], -1).softmax(-1, dtype=kind)[..., :-1]
+
+
+@contextmanager
+def switched(model: Any) -> Iterator[None]:
+    """Inside, `model` attends through `attend` (unless its code calls no registered function: the self-check finds out)."""
+    if NAME not in AttentionInterface():  # once a process; without a mask function of the same name the mask would be None
+        AttentionInterface.register(NAME, attend)
+        AttentionMaskInterface.register(NAME, eager_mask)
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    before = [(config, config._attn_implementation) for config in configs if hasattr(config, "_attn_implementation")]
+    log = logging.getLogger("transformers.modeling_utils")
+    quiet = log.level
+    log.setLevel(logging.ERROR)  # a family that cannot be switched is no news to warn of: it keeps its own attention
+    try:
+        model.set_attn_implementation(NAME)
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation = implementation
+        log.setLevel(quiet)
