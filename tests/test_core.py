@@ -127,6 +127,19 @@ class TestSites:
             ("resid_pre.3", ["resid.3"]),
             ("resid_post.3", ["resid.4"]),
             ("resid_post.8", ["resid.9"]),
+            ("blocks.2.attn.hook_z", ["z.2"]),
+            ("blocks.2.attn.hook_pattern", ["pattern.2"]),
+            ("blocks.2.mlp.hook_post", ["neurons.2"]),
+            ("hook_embed", ["embed"]),
+            ("ln_final.hook_normalized", ["final_norm"]),
+            # ranges of blocks, heads, and sites of the whole model
+            ("mlp_out.3:5", ["mlp_out.3", "mlp_out.4"]),
+            ("resid.7:", ["resid.7", "resid.8", "resid.9"]),
+            ("z.3.1", ["z.3.1"]),
+            ("z.3.*", ["z.3"]),
+            ("pattern.1:3.0", ["pattern.1.0", "pattern.2.0"]),
+            ("expert_out.-1.2", ["expert_out.8.2"]),
+            ("logits", ["logits"]),
         ],
     )
     def test_what_they_name(self, text: str, want: list[str]) -> None:
@@ -139,12 +152,25 @@ class TestSites:
         with pytest.raises(SiteError, match=r"out of range; this model has (resid\.0 to resid\.9|attn_out\.0 to attn_out\.8)"):
             resolve_sites(text, L)
 
-    @pytest.mark.parametrize("text", ["resid", "resid.", "resid.x", "resid.1.2", "resid.1.5", "mlp_out.3:5"])
+    @pytest.mark.parametrize("text", ["resid", "resid.", "resid.x", "mlp_out.a:b"])
     def test_no_index(self, text: str) -> None:
         with pytest.raises(
-            SiteError, match=rf"{re.escape(repr(text))} has no index; expected \w+\.0 to \w+\.[89], or \w+\.\* for all"
+            SiteError, match=rf"{re.escape(repr(text))} has no index; expected \w+\.0 to \w+\.[89], \w+\.2:6, or \w+\.\* for all"
         ):
             resolve_sites(text, L)
+
+    @pytest.mark.parametrize("text", ["resid.1.2", "mlp_out.1.0", "z.1.x", "z.1.-1"])
+    def test_heads_only_where_there_are_heads(self, text: str) -> None:
+        with pytest.raises(SiteError, match=rf"{re.escape(repr(text))} has (no heads|'.+' where a head)"):
+            resolve_sites(text, L)
+
+    def test_a_site_of_the_whole_model_has_no_index(self) -> None:
+        with pytest.raises(SiteError, match="logits belongs to the whole model"):
+            resolve_sites("logits.3", L)
+
+    def test_a_site_prints_as_it_is_named(self) -> None:
+        assert [str(Site("z", 3, 1)), str(Site("z", 3)), str(Site("embed"))] == ["z.3.1", "z.3", "embed"]
+        assert Site("z", 3, 1).whole == Site("z", 3)
 
     @pytest.mark.parametrize(
         ("text", "suggestion"),
@@ -154,9 +180,9 @@ class TestSites:
         with pytest.raises(SiteError, match=rf"unknown site '{re.escape(text)}'.*Did you mean.*'{suggestion}'"):
             resolve_sites(text, L)
 
-    @pytest.mark.parametrize("text", ["", "zzz.1", "blocks.2.hook_zzz", "blocks.2.attn.hook_z"])
+    @pytest.mark.parametrize("text", ["", "zzz.1", "blocks.2.hook_zzz", "blocks.2.attn.hook_zzz"])
     def test_unknown_lists_what_is_known(self, text: str) -> None:
-        with pytest.raises(SiteError, match=r"expected name\.index with a name of resid, attn_out, mlp_out"):
+        with pytest.raises(SiteError, match=r"expected name\.index with a name of resid, embed, .*attn_out.*, logits"):
             resolve_sites(text, L)
 
     def test_sites_sort_by_name_and_number(self) -> None:
@@ -224,7 +250,20 @@ class TestEdits:
         rows = written(torch.tensor([[6.0, 8.0], [-7.0, 0.0]]), self.OLD, "add_matched")
         assert rows.flatten().tolist() == pytest.approx([6, 8, -2, 2])
 
-    @pytest.mark.parametrize("write", WRITES)
+    def test_the_others(self) -> None:
+        v = torch.tensor([1.0, 0.0])
+        assert written(None, self.OLD, "scale", 0.5).tolist() == [[1.5, 2], [0, 1]]
+        assert written(v, self.OLD, "add", 2.0).tolist() == [[5, 4], [2, 2]]
+        assert written(v, self.OLD, "interpolate", 0.5).tolist() == [[2, 2], [0.5, 1]]
+        assert written(v, self.OLD, "mask").tolist() == [[3, 0], [0, 0]]
+        assert written(None, self.OLD.requires_grad_(), "stop_gradient").requires_grad is False
+        self.OLD.requires_grad_(False)
+
+    def test_some_features_only(self) -> None:
+        assert written(torch.tensor([9.0]), self.OLD, "replace", features=(1,)).tolist() == [[3, 9], [0, 9]]
+        assert written(torch.tensor([7.0, 9.0]), self.OLD, "replace", features=(1,)).tolist() == [[3, 9], [0, 9]]
+
+    @pytest.mark.parametrize("write", ["replace", "add", "add_matched", "interpolate", "mask"])
     def test_the_number_format_is_that_of_the_site_and_nothing_is_written_in_place(self, write: str) -> None:
         old, value = self.OLD.to(torch.bfloat16), torch.tensor([0.5, 0.25], dtype=torch.float64)
         found = written(value, old, write)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from patchscopes import maps, scopes
+    from patchscopes.core import coordinates, edits
     from patchscopes.core.edits import Edit
     from patchscopes.core.errors import PatchscopesError
     from patchscopes.model import Model, Tokens, load
@@ -31,16 +32,34 @@ _HOMES = {
     "Readings": "patchscopes.scopes",
     "Source": "patchscopes.scopes",
 }
-_FAMILIES = ("maps", "scopes")
+_FAMILIES = {
+    "coordinates": "patchscopes.core.coordinates",
+    "edits": "patchscopes.core.edits",
+    "maps": "patchscopes.maps",
+    "scopes": "patchscopes.scopes",
+}
 
-__all__ = ["Edit", "Model", "Patchscope", "PatchscopesError", "Readings", "Source", "Tokens", "load", "maps", "scopes"]
+__all__ = [
+    "Edit",
+    "Model",
+    "Patchscope",
+    "PatchscopesError",
+    "Readings",
+    "Source",
+    "Tokens",
+    "coordinates",
+    "edits",
+    "load",
+    "maps",
+    "scopes",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     if name in _FAMILIES:
-        return importlib.import_module(f"patchscopes.{name}")
+        return importlib.import_module(_FAMILIES[name])
     raise AttributeError(f"module 'patchscopes' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 

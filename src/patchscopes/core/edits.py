@@ -1,42 +1,266 @@
-"""Edits: what to write where. Data, not code."""
+"""Edits: what to write where. Data, not code: they print, save, load, compare and hash.
+
+With x what stands at the site, v the edit's value and a its amount, x becomes
+
+    replace        v                          scale          a x
+    add            x + a v                    interpolate    x + a (v − x)
+    add_matched    x + a v ‖x‖ / ‖v‖          mask           x · v, elementwise
+    stop_gradient  x, behind which no gradient flows
+    knock_out      no attention from `position` to `keys`: −∞ at `scores`, 0 at `pattern`
+
+Through a coordinate system the same is done to its features (`coordinates`), or to some of them (`features`).
+`project_out`, `swap`, `knock_out`, `freeze` and `stop_gradient` below make the common ones.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
-from patchscopes.core.errors import VectorError
+from patchscopes.core.coordinates import Coordinates, Dictionary, Subspace, Whole
+from patchscopes.core.errors import InputError, RefusedError, SiteError, UnknownName, VectorError, nearest
+from patchscopes.core.positions import Positions, Span
+from patchscopes.core.sites import EDGES
 
-Write = Literal["replace", "add", "add_matched"]
-WRITES: tuple[Write, ...] = ("replace", "add", "add_matched")
+Write = Literal["replace", "add", "add_matched", "scale", "interpolate", "mask", "stop_gradient", "knock_out"]
+WRITES: tuple[Write, ...] = ("replace", "add", "add_matched", "scale", "interpolate", "mask", "stop_gradient", "knock_out")
+_WITHOUT_VALUE = ("scale", "stop_gradient", "knock_out")
+_SAVED = {kind.__name__: kind for kind in (Whole, Subspace, Dictionary)}
+Steps = Literal["prompt", "always"] | tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """Write `value` [d_model] at `site` ("resid.2") and `position` of a prompt, or of every prompt of a batch if `prompt` is None.
+    """Write at a site ("resid.2", "z.3.1", "pattern.*") and at positions of a prompt, or of every prompt if `prompt` is None.
 
-    position  index of a real token, negative from the end, or a piece of the prompt's text (the last token of its only occurrence)
-    write     "replace"; "add"; "add_matched": add the value, rescaled to the norm of what it is added to
+    position     indices of real tokens, negative from the end, or pieces of the prompt's text; a list of them; None: all tokens.
+                 At `scores` and `pattern`: of the queries
+    value        [width]; or [head, width] at sites with heads; or with an axis [position, …] in front, one for each
+    amount       a of the formulas above
+    keys         only at `scores` and `pattern`: the positions attended to; None: all
+    steps        "prompt": in the prompt; "always": and at every token generated after it; (0, 2): at the first and the third of
+                 these only (then position is not used)
+    coordinates  the value is in these coordinates, and everything else of what stands there is kept
+    features     only these coordinates
     """
 
     site: str
-    position: int | str
-    value: Tensor
+    position: Positions = None
+    value: Tensor | None = None
     write: Write = "replace"
     prompt: int | None = None
+    amount: float = 1.0
+    keys: Positions = None
+    steps: Steps = "prompt"
+    coordinates: Coordinates | None = None
+    features: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.write not in WRITES:
+            raise UnknownName(f"unknown write {self.write!r}. {nearest(str(self.write), WRITES)}")
+        if (self.value is None) != (self.write in _WITHOUT_VALUE):
+            wants = "takes no value" if self.value is not None else "needs a value"
+            raise VectorError(f"the edit {self.write!r} at {self.site} {wants}")
+        edges = self.site.split(".")[0] in EDGES or "scores" in self.site or "pattern" in self.site
+        if self.keys is not None and not edges:
+            raise SiteError(f"keys were given for {self.site}; only {' and '.join(EDGES)} have keys")
+        if self.write == "knock_out" and not edges:
+            raise SiteError(f"knock_out at {self.site}: attention is knocked out at {' or '.join(EDGES)}")
+        if not (self.steps in ("prompt", "always") or (isinstance(self.steps, tuple) and all(t >= 0 for t in self.steps))):
+            raise InputError(f"steps is {self.steps!r}; expected 'prompt', 'always', or numbers of generated tokens such as (0, 2)")
+
+    def __repr__(self) -> str:
+        shown = [repr(self.site)]
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                shown.append(f"{field.name}={str(value.dtype).removeprefix('torch.')}{list(value.shape)}")
+            elif value != field.default:
+                shown.append(f"{field.name}={value.name if field.name == 'coordinates' else repr(value)}")
+        return f"Edit({', '.join(shown)})"
+
+    @property
+    def digest(self) -> str:
+        """A hash of everything in it: "sha256:…"."""
+        tensors: dict[str, Tensor] = {}
+        digest = hashlib.sha256(json.dumps(_described(self, "0", tensors), sort_keys=True).encode())
+        for name in sorted(tensors):
+            digest.update(f"{name}{tuple(tensors[name].shape)}{tensors[name].dtype}".encode())
+            digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return f"sha256:{digest.hexdigest()}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Edit) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
 
 
-def written(value: Tensor, old: Tensor, write: Write) -> Tensor:
-    """What stands at the site afterwards. value, old: [..., d_model]. VectorError for a zero vector with "add_matched"."""
+@runtime_checkable
+class HasSites(Protocol):
+    """A run, as far as `freeze` needs it."""
+
+    @property
+    def mask(self) -> Tensor:
+        """[batch, pos], True at real tokens."""
+        ...
+
+    def __getitem__(self, site: str) -> Tensor: ...
+
+
+# ------------------------------------------------------------------------------------------------------------------- the common ones
+
+
+def project_out(site: str, directions: Tensor, position: Positions = None, **where: Any) -> Edit:
+    """Take everything along `directions` [*, width] away."""
+    return Edit(site, position, write="scale", amount=0.0, coordinates=Subspace.spanned_by(directions), **where)
+
+
+def swap(site: str, directions: Tensor, state: Tensor, position: Positions = None, **where: Any) -> Edit:
+    """Replace what lies in the span of `directions` by what `state` [width], of another run, has there."""
+    space = Subspace.spanned_by(directions)
+    return Edit(site, position, space.encode(state), coordinates=space, **where)
+
+
+def knock_out(
+    blocks: str | int, queries: Positions, keys: Positions, *, heads: Sequence[int] = (), after: bool = False, **where: Any
+) -> list[Edit]:
+    """No attention from `queries` to `keys` in `blocks` (3, "2:6", "*"): before the softmax, so that the others get more;
+    or `after` it, so that they do not."""
+    name = EDGES[after]
+    sites = [f"{name}.{blocks}.{head}" for head in heads] or [f"{name}.{blocks}"]
+    return [Edit(site, queries, write="knock_out", keys=keys, **where) for site in sites]
+
+
+def freeze(run: HasSites, sites: Iterable[str]) -> list[Edit]:
+    """Set these sites to what they were in `run`, all prompts and positions: a pattern, a norm's scale ("attn_scale.3"), anything."""
+    found = []
+    for site in sites:
+        value = run[site].detach()
+        for prompt, real in enumerate(run.mask):
+            at = real.nonzero()[:, 0].to(value.device)
+            own = value[prompt][..., at, :][..., at] if site.split(".")[0] in EDGES else value[prompt][at]
+            found.append(Edit(site, None, own, prompt=prompt))
+    return found
+
+
+def stop_gradient(site: str, position: Positions = None, **where: Any) -> Edit:
+    """Let no gradient flow back through a site."""
+    return Edit(site, position, write="stop_gradient", **where)
+
+
+# --------------------------------------------------------------------------------------------------------------------------- written
+
+
+def written(
+    value: Tensor | None,
+    old: Tensor,
+    write: Write,
+    amount: float | Tensor = 1.0,
+    coordinates: Coordinates | None = None,
+    features: Sequence[int] | None = None,
+) -> Tensor:
+    """What stands at the site afterwards. value, old: [..., width]. VectorError for a zero vector with "add_matched"."""
+    if coordinates is not None:
+        f = coordinates.encode(old)
+        g = written(value, f, write, amount, None, features)
+        return old + (coordinates.decode(g) - coordinates.decode(f))
+    if features is not None:
+        index = torch.tensor(list(features), device=old.device)
+        some = old.index_select(-1, index)
+        if value is not None and value.shape[-1] != len(features):
+            value = value.index_select(-1, index.to(value.device))
+        return old.index_copy(-1, index, written(value, some, write, amount))
+    if value is None:
+        return {"scale": lambda: old * amount, "stop_gradient": old.detach}[write]()
     value = value.to(old)
     if write == "replace":
         return value.expand_as(old)
+    if write == "mask":
+        return old * value
+    if write == "interpolate":
+        return old + amount * (value - old)
     if write == "add_matched":
         if not bool(value.any(dim=-1).all()):
             raise VectorError(
                 "a zero vector cannot be added in proportion (add_matched): it has no direction. Use write='add', or another vector"
             )
         value = value * (old.norm(dim=-1, keepdim=True) / value.norm(dim=-1, keepdim=True))
-    return old + value
+    plain = isinstance(amount, float) and amount == 1.0
+    return old + (value if plain else amount * value)
+
+
+# --------------------------------------------------------------------------------------------------------------------------- on disk
+
+
+def save_edits(path: str, edits: Sequence[Edit]) -> None:
+    """Write edits to a safetensors file. RefusedError for coordinates of a class of your own."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    described = [_described(edit, str(k), tensors, to_save=True) for k, edit in enumerate(edits)]
+    save_file({k: t.contiguous() for k, t in tensors.items()} or {"none": torch.zeros(0)}, path, {"edits": json.dumps(described)})
+
+
+def load_edits(path: str) -> list[Edit]:
+    """The edits of a file that `save_edits` wrote."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        found = (file.metadata() or {}).get("edits")
+        if found is None:
+            raise InputError(f"{path} holds no edits; expected a file that save_edits wrote")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    return [_made(description, str(k), tensors) for k, description in enumerate(json.loads(found))]
+
+
+def _described(edit: Edit, key: str, tensors: dict[str, Tensor], *, to_save: bool = False) -> dict[str, Any]:
+    """Everything but the tensors, which go into `tensors` under names that begin with `key`."""
+    plain: dict[str, Any] = {}
+    for field in fields(edit):
+        value = getattr(edit, field.name)
+        if isinstance(value, Tensor):
+            tensors[f"{key}.{field.name}"] = value.detach().cpu()
+        elif field.name == "coordinates" and value is not None:
+            kind = type(value).__name__
+            if to_save and type(value) is not _SAVED.get(kind):
+                raise RefusedError(f"coordinates of the class {kind} cannot be saved; {', '.join(_SAVED)} can")
+            parts = {name: getattr(value, name) for name in getattr(value, "__dataclass_fields__", {"name": None})}
+            for name, part in parts.items():
+                if isinstance(part, Tensor):
+                    tensors[f"{key}.coordinates.{name}"] = part.detach().cpu()
+            plain["coordinates"] = {"kind": kind, **{n: p for n, p in parts.items() if not isinstance(p, Tensor)}}
+        elif value != field.default:
+            plain[field.name] = _listed(value)
+    return plain
+
+
+def _listed(value: object) -> Any:
+    if isinstance(value, Span):
+        return {"span": asdict(value)}
+    return [_listed(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _unlisted(name: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        return Span(**value["span"])
+    if isinstance(value, list):
+        return (list if name in ("position", "keys") else tuple)(_unlisted(name, v) for v in value)
+    return value
+
+
+def _made(plain: dict[str, Any], key: str, tensors: dict[str, Tensor]) -> Edit:
+    described = plain.pop("coordinates", None)
+    coordinates = None
+    if described is not None:
+        kind = _SAVED[described.pop("kind")]
+        start = f"{key}.coordinates."
+        coordinates = kind(**described, **{n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)})
+    rest = {name: _unlisted(name, value) for name, value in plain.items()}
+    return Edit(**rest, value=tensors.get(f"{key}.value"), coordinates=coordinates)

@@ -43,6 +43,7 @@ class Anatomy:
 
     blocks       L modules; block b turns layer b into layer b + 1
     writers      for each block its writers in the order in which they run; empty where no set explains the block
+    carries      for each block a, by which it multiplies the stream before it adds to it; 1 nearly everywhere
     rest         what a block returns after the hidden state, None if it returns a bare tensor
     cache_name   the model's argument that takes a cache, if it takes one
     batch_axes   (block, path of an argument) -> (batch axis, entries a row); None where they could not be measured
@@ -51,6 +52,7 @@ class Anatomy:
     blocks: list[nn.Module]
     blocks_path: str
     writers: list[tuple[Writer, ...]]
+    carries: list[float]
     rest: tuple | None
     cache_name: str | None
     takes_positions: bool
@@ -91,11 +93,13 @@ def find_anatomy(model: nn.Module, device: torch.device) -> Anatomy:
             f"no decoder stack found: in {kind} early positions see later ones, so it is an encoder. "
             "patchscopes reads causal language models (decoders)."
         )
+    found = [_writers(b, trace) for b in range(len(blocks))]
     takes = inspect.signature(model.forward).parameters
     return Anatomy(
         blocks=list(blocks),
         blocks_path=path,
-        writers=[_writers(b, trace) for b in range(len(blocks))],
+        writers=[writers for writers, _ in found],
+        carries=[carry for _, carry in found],
         rest=trace.rest,
         cache_name=next((name for name in ("past_key_values", "cache_params") if name in takes), None),
         takes_positions="position_ids" in takes,
@@ -158,8 +162,8 @@ def _trace(model: nn.Module, blocks: list[nn.Module], ids: Tensor) -> _Trace | N
     return trace
 
 
-def _writers(b: int, trace: _Trace) -> tuple[Writer, ...]:
-    """The writers of block b, in running order; () if no set of at most three explains what the block adds."""
+def _writers(b: int, trace: _Trace) -> tuple[tuple[Writer, ...], float]:
+    """The writers of block b, in running order, and a of the formula; () and 1 if no set of at most three explains what the block adds."""
     before, after = trace.inputs[b].double().flatten(), trace.outputs[b].double().flatten()
     candidates: list[tuple[str, nn.Module, Tensor]] = []
     for path, module, out in trace.inside[b]:
@@ -184,11 +188,12 @@ def _writers(b: int, trace: _Trace) -> tuple[Writer, ...]:
                 fits.append((float((c[1:] - c[1]).abs().max()) > 1e-3, depth, chosen, c))
         if fits:
             _, _, chosen, c = min(fits, key=lambda fit: fit[:3])
-            scales = [round(float(x), 3) if abs(float(x) - round(float(x), 3)) < 1e-4 else float(x) for x in c[1:]]
-            return tuple(
+            carry, *scales = [round(float(x), 3) if abs(float(x) - round(float(x), 3)) < 1e-4 else float(x) for x in c]
+            writers = tuple(
                 Writer(candidates[i - 1][1], candidates[i - 1][0], scale) for i, scale in zip(chosen, scales, strict=True)
             )
-    return ()
+            return writers, carry
+    return (), 1.0
 
 
 def _is_causal(model: nn.Module, ids: Tensor) -> bool:

@@ -54,7 +54,24 @@ def attend(
 
     Returns z [batch, q, head, d_head] and the pattern [batch, head, q, k].
     """
-    tap: Tap | None = getattr(module, SLOT, None)
+    z, pattern = attend_tapped(
+        getattr(module, SLOT, None), query, key, value, attention_mask, scaling, softcap, s_aux, position_bias
+    )
+    return z.transpose(1, 2).contiguous(), pattern
+
+
+def attend_tapped(
+    tap: Tap | None,
+    query: Float[Tensor, "batch head q d"],
+    key: Float[Tensor, "batch kv_head k d"],
+    value: Float[Tensor, "batch kv_head k d_v"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+) -> tuple[Float[Tensor, "batch head q d_v"], Float[Tensor, "batch head q k"]]:
+    """z and the pattern, with everything shown to `tap` on the way."""
     if tap is not None:
         query, key, value = tap.heads("q", query), tap.heads("k", key), tap.heads("v", value)
     scores = match(query, key) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -74,7 +91,7 @@ def attend(
     z = mix(pattern, value)
     if tap is not None:
         z = tap.heads("z", z)
-    return z.transpose(1, 2).contiguous(), pattern
+    return z, pattern
 
 
 def match(query: Float[Tensor, "batch head q d"], key: Float[Tensor, "batch kv_head k d"]) -> Float[Tensor, "batch head q k"]:

@@ -33,6 +33,7 @@ MEANING = {
     "readout": "runs resumed at any layer without a cache give the full pass's next token",
     "decoding": "the model's own cached decoding equals its own full pass",
     "left_padding": "a left-padded prompt gives what it gives alone",
+    "padded_steps": "a left-padded prompt goes on, token by token from the cache, as it does alone",
     "rows_independent": "a prompt in a batch gives what it gives alone",
     "writers": "each layer is the one before plus attention and MLP outputs",
 }
@@ -151,6 +152,15 @@ def check(engine: Engine, dtype: torch.dtype) -> Capabilities:
         mask[0, :pads] = 0
         return engine.forward(both, mask=mask, positions=(mask.cumsum(-1) - 1).clamp(min=0))[:1, pads:]
 
+    def padded_steps() -> Tensor:
+        pads, last = 3, length - 1
+        both = torch.cat([ids[:, :pads], ids], 1).repeat(2, 1)
+        mask = torch.ones_like(both)
+        mask[0, :pads] = 0
+        positions, cache = (mask.cumsum(-1) - 1).clamp(min=0), engine.new_cache()
+        engine.forward(both[:, :-1], cache=cache, mask=mask[:, :-1], positions=positions[:, :-1], keep=[0])
+        return engine.forward(both[:, -1:], offset=last + pads, cache=cache, mask=mask, positions=positions[:, -1:])[:1]
+
     def in_batch() -> Tensor:
         other = torch.randint(low, engine.vocab, (3, length), generator=generator).to(engine.device)
         return engine.forward(torch.cat([other, ids]))[-1:]
@@ -200,6 +210,7 @@ def check(engine: Engine, dtype: torch.dtype) -> Capabilities:
     measure("whole", lambda: continued("whole"), truth)
     measure("readout", lambda: next_logits(engine, ids, shared, "whole"), lambda: oracle(0)[:, 0])
     measure("left_padding", padded, reference)
+    measure("padded_steps", padded_steps, reference[:, -1:], allowed=max(tolerance, 1e-2 if stepwise else 0.0))
     measure("rows_independent", in_batch, reference)
     lacking = [b for b, writers in enumerate(engine.anatomy.writers) if not 1 <= len(writers) <= 2]
     reason = f"one or two module outputs do not add up to what blocks {lacking} add" if lacking else ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from patchscopes.core.errors import SiteError
 from patchscopes.core.sites import Site
 from patchscopes.engine.anatomy import Anatomy, Writer, find_anatomy, measure_batch_axes
 from patchscopes.engine.hooks import Change, Handle, bypassing, hooked, map_tensors, on_arguments, on_input, on_output
+from patchscopes.engine.parts import AllParts, find_parts
 
 SharedKV = dict[str, tuple[Tensor, ...]]
 
@@ -49,6 +51,7 @@ class Engine:
         self.config: Any = model.config
         text_config = self.config.get_text_config(decoder=True)
         self.vocab: int = text_config.vocab_size
+        self.d_model: int = text_config.hidden_size
         # the longest sequence, in tokens; None if the config names no limit
         self.context: int | None = next(
             (
@@ -62,6 +65,19 @@ class Engine:
         one = self.read(torch.zeros(1, 1, dtype=torch.long, device=self.device), [0]).h[0]
         # what a residual carries in front of its batch: () but for Gemma-3n
         self.streams: tuple[int, ...] = tuple(one.shape[:-3])
+        # shapes of sites seen so far (places.shape_of)
+        self.shapes: dict[Site, tuple[int, ...]] = {}
+
+    @cached_property
+    def devices(self) -> frozenset[torch.device]:
+        """Where parameters are."""
+        return frozenset({self.device, *(p.device for p in self.model.parameters())})
+
+    @cached_property
+    def parts(self) -> AllParts:
+        """What is inside the blocks, measured when it is first asked for."""
+        ids = torch.arange(1, 9, device=self.device).remainder(self.vocab).unsqueeze(0)
+        return find_parts(self.model, self.anatomy, lambda: self.forward(ids))
 
     # -------------------------------------------------------------------------------------------------------- forward
 

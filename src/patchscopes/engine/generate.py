@@ -88,7 +88,7 @@ def _decode(
     said: list[list[int]] = [[] for _ in rows]
     alive, logits, cache = list(range(len(rows))), walked.logits[:, 0], walked.cache
     for step in range(decoding.max_new_tokens):
-        chosen = _choose(logits, [samplers[r] for r in alive] if samplers else [], decoding.temperature)
+        chosen = choose(logits, [samplers[r] for r in alive] if samplers else [], decoding.temperature)
         going = []
         for k, token in enumerate(chosen.tolist()):
             if token in decoding.end:
@@ -120,7 +120,7 @@ def _rerun(engine: Engine, target: Int[Tensor, "1 pos"], row: Row, said: list[in
     return Stem(engine, text, [row], route="hooks").walk([row], [text.shape[1] - 1]).logits[0, 0]
 
 
-def _choose(logits: Float[Tensor, "row vocab"], samplers: list[torch.Generator], temperature: float) -> Int[Tensor, " row"]:
+def choose(logits: Float[Tensor, "row vocab"], samplers: list[torch.Generator], temperature: float) -> Int[Tensor, " row"]:
     """Greedy, or by the Gumbel trick: argmax of logits / temperature − log(−log u)."""
     if not samplers:
         return logits.argmax(-1)

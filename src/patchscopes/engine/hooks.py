@@ -8,11 +8,12 @@ every model (some carry streams in front).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 Change = Callable[[Tensor], Tensor | None]  # gets a value, returns its replacement, or None to leave it
 
@@ -33,6 +34,61 @@ class Handle:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+
+
+class _Off:
+    def __init__(self, remove: Callable[[], Any]):
+        self.remove = remove
+
+
+def of_context(context: Callable[[], AbstractContextManager]) -> Handle:
+    """A hook, not yet on, that is in the context while it is on."""
+
+    def put() -> Any:
+        stack = ExitStack()
+        stack.enter_context(context())
+        return _Off(stack.close)
+
+    return Handle(put)
+
+
+def all_of(*handles: Handle) -> Handle:
+    """Several hooks as one."""
+
+    def put() -> Any:
+        with ExitStack() as stack:
+            for handle in handles:
+                handle.put()
+                stack.callback(handle.remove)
+            return _Off(stack.pop_all().close)
+
+    return Handle(put)
+
+
+def on_functions(module: nn.Module, call: Callable[[Any, tuple, dict], Any]) -> Handle:
+    """A hook, not yet on, through which all torch functions that the module's forward calls go: `call(function, args, kwargs)`."""
+
+    class Listening(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+            return call(func, args, kwargs or {})
+
+    def put() -> Any:
+        saved, forward = module.__dict__.get("forward"), module.forward  # accelerate keeps a wrapper in that very slot
+
+        def listening(*args: Any, **kwargs: Any) -> Any:
+            with Listening():
+                return forward(*args, **kwargs)
+
+        def remove() -> None:
+            if saved is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = saved
+
+        module.forward = listening
+        return _Off(remove)
+
+    return Handle(put)
 
 
 def on_input(module: nn.Module, change: Change) -> Handle:
@@ -61,6 +117,30 @@ def on_output(module: nn.Module, change: Change) -> Handle:
         return (new, *out[1:]) if isinstance(out, tuple) else new
 
     return Handle(lambda: module.register_forward_hook(hook))
+
+
+def first_input(args: tuple, kwargs: dict) -> Tensor | None:
+    """What a module reads: its first argument, or the one called hidden_states, or else the first tensor given by name."""
+    if args:
+        return args[0] if isinstance(args[0], Tensor) else None
+    named = kwargs.get("hidden_states", next((v for v in kwargs.values() if isinstance(v, Tensor)), None))
+    return named if isinstance(named, Tensor) else None
+
+
+def on_read(module: nn.Module, change: Change) -> Handle:
+    """A hook, not yet on, that passes what the module reads (see `first_input`) through `change`."""
+
+    def hook(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        value = first_input(args, kwargs)
+        new = None if value is None else change(value)
+        if new is None:
+            return None
+        if args:
+            return (new, *args[1:]), kwargs
+        name = next(k for k, v in kwargs.items() if v is value)
+        return args, {**kwargs, name: new}
+
+    return Handle(lambda: module.register_forward_pre_hook(hook, with_kwargs=True))
 
 
 def first_tensor(out: Any) -> Tensor | None:

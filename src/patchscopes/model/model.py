@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -13,12 +14,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchscopes.core.edits import WRITES, Edit
-from patchscopes.core.errors import InputError, PositionError, PromptError, VectorError, nearest
-from patchscopes.core.sites import resolve_sites
+from patchscopes.core.coordinates import Coordinates
+from patchscopes.core.edits import Edit
+from patchscopes.core.errors import PositionError, PromptError, SiteError, VectorError
+from patchscopes.core.layers import resolve_layers
+from patchscopes.core.positions import Positions, Span
+from patchscopes.core.sites import EDGES, Site, resolve_sites
 from patchscopes.engine.check import Capabilities
+from patchscopes.engine.continued import continued, stopping
+from patchscopes.engine.decompose import Decomposition, decompose
+from patchscopes.engine.edits import Placed
 from patchscopes.engine.engine import Engine
-from patchscopes.engine.run import Placed, Run, run
+from patchscopes.engine.generate import Decoding
+from patchscopes.engine.gradients import Gradients, Metric, Tangents, gradients, jvp
+from patchscopes.engine.places import shape_of
+from patchscopes.engine.run import Run, run
 from patchscopes.model.checked import checked
 from patchscopes.model.tokens import Tokens, show_ids, tokenize
 
@@ -109,24 +119,131 @@ class Model:
 
     # ---------------------------------------------------------------------------------------------------------- runs
 
-    def run(self, prompts: Prompt | Sequence[Prompt], *, read: Sequence[str] = (), edits: Sequence[Edit] = ()) -> Run:
+    def run(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        read: str | Sequence[str] = (),
+        edits: Sequence[Edit] = (),
+        coordinates: Mapping[str, Coordinates] | None = None,
+    ) -> Run:
         """One pass over one or several prompts: `run["resid.2"]` [batch, pos, d_model], `run.logits` [batch, pos, vocab].
 
-        read   sites, "resid.*" for all layers
-        edits  written where they say; later layers and positions see them
+        read         sites, "resid.*" for all layers, "z.3.1" for one head
+        edits        written where they say; later layers and positions see them
+        coordinates  systems that hang on sites: `run.features["resid.2"]` is what they make of the value there
         """
+        batch = self._batch(prompts)
+        hung = {self._one_site(text): system for text, system in (coordinates or {}).items()}
+        return run(
+            self.engine,
+            [t.tensor for t in batch],
+            self._sites(read),
+            self._placed(edits, batch),
+            padding_exact=self.capabilities.ok("left_padding"),
+            coordinates=hung,
+        )
+
+    def gradients(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        metric: Metric,
+        *,
+        wrt: str | Sequence[str] = (),
+        edits: Sequence[Edit] = (),
+        coordinates: Mapping[str, Coordinates] | None = None,
+        checkpoint: bool | None = None,
+    ) -> Gradients:
+        """Gradients of metric(run), a number for each prompt [batch] or one for all, with respect to sites, to the values of edits
+        and to the features of coordinate systems.
+
+        checkpoint  keep less and compute it twice; None: only if memory runs out. RefusedError on quantised layers.
+        """
+        batch = self._batch(prompts)
+        hung = {self._one_site(text): system for text, system in (coordinates or {}).items()}
+        return gradients(
+            self.engine,
+            [t.tensor for t in batch],
+            metric,
+            self._sites(wrt),
+            self._placed(edits, batch),
+            padding_exact=self.capabilities.ok("left_padding"),
+            coordinates=hung,
+            checkpoint=checkpoint,
+        )
+
+    def jvp(self, prompts: Prompt | Sequence[Prompt], site: str, tangent: Tensor, *, read: str | Sequence[str] = ()) -> Tangents:
+        """How the sites read, and the logits, move when the value of `site` moves along `tangent`, which has the value's shape (or
+        is broadcast to it): J · tangent, in one pass."""
+        batch = self._batch(prompts)
+        return jvp(
+            self.engine,
+            [t.tensor for t in batch],
+            self._one_site(site),
+            tangent,
+            self._sites(read),
+            padding_exact=self.capabilities.ok("left_padding"),
+        )
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        edits: Sequence[Edit] = (),
+        max_new_tokens: int = 20,
+        stop: Sequence[str] = (),
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[Said]:
+        """Go on from prompts with edits in place: those of the prompt are seen by what follows, those with `steps` are made at
+        the tokens generated too. Greedy, or sampled from seeds of their own for each prompt."""
+        batch = self._batch(prompts)
+        decoding = Decoding(max_new_tokens, self.end_ids, stopping(self.decode, stop), temperature)
+        longest = max(len(tokens) for tokens in batch) + max_new_tokens
+        if self.context is not None and longest > self.context:
+            raise PromptError(
+                f"the prompt and {max_new_tokens} new tokens are {longest} together, but {self.name} reads at most {self.context}"
+            )
+        found = continued(
+            self.engine,
+            [t.tensor for t in batch],
+            self._placed(edits, batch),
+            decoding,
+            seeds=[seed + i for i in range(len(batch))],
+            cached=self.capabilities.ok("decoding"),
+            padding_exact=self.capabilities.ok("padded_steps"),
+        )
+        return [Said(self.decode(tokens), tuple(tokens), logits) for tokens, logits in found]
+
+    def decompose(self, prompts: Prompt | Sequence[Prompt], layer: int = -1, *, heads: bool = True) -> Decomposition:
+        """The residual stream at `layer` as a sum: embeddings, what each head and MLP of each block below added, biases, and a rest
+        that is rounding wherever blocks add up."""
+        batch = self._batch(prompts)
+        return decompose(
+            self.engine,
+            [t.tensor for t in batch],
+            resolve_layers(layer, self.n_layers)[0],
+            heads=heads,
+            padding_exact=self.capabilities.ok("left_padding"),
+        )
+
+    def _batch(self, prompts: Prompt | Sequence[Prompt]) -> list[Tokens]:
         batch = [self.tokens(p) for p in ([prompts] if isinstance(prompts, (str, Tokens)) else prompts)]
         if not batch:
             raise PromptError("no prompt was given; expected at least one")
+        return batch
+
+    def _sites(self, read: str | Sequence[str]) -> list[Site]:
         sites = [site for text in ([read] if isinstance(read, str) else read) for site in resolve_sites(text, self.n_layers)]
-        placed = [
-            Placed(site, p, batch[p].position(edit.position), self._edit_value(edit), edit.write)
-            for edit in edits
-            for site in resolve_sites(edit.site, self.n_layers)
-            for p in self._prompts_of(edit, batch)
-        ]
-        exact = self.capabilities.ok("left_padding")
-        return run(self.engine, [t.tensor for t in batch], sites, placed, padding_exact=exact)
+        for site in sites:
+            shape_of(self.engine, site)  # says what is not on this model
+        return sites
+
+    def _one_site(self, text: str) -> Site:
+        sites = self._sites(text)
+        if len(sites) != 1 or sites[0].head is not None:
+            raise SiteError(f"{text!r} names {len(sites)} sites; expected one, with all its heads")
+        return sites[0]
 
     def unembed(self, h: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:
         """Logits of any residuals, through the model's own final norm, head, scale and soft-cap, exactly once."""
@@ -157,17 +274,56 @@ class Model:
             )
         return value
 
-    def _edit_value(self, edit: Edit) -> Tensor:
-        value = self.vector(edit.value)
-        if value.shape[:-1] not in ((), self.engine.streams):
+    def _placed(self, edits: Sequence[Edit], batch: Sequence[Tokens]) -> list[Placed]:
+        """The edits, each for one prompt and one site, with positions resolved. Everything wrong with them is said here."""
+        return [
+            Placed(
+                site,
+                p,
+                _positions(edit.position, batch[p]),
+                self._edit_value(edit, site, batch[p]),
+                edit.write,
+                edit.amount,
+                _positions(edit.keys, batch[p]),
+                edit.steps,
+                edit.coordinates,
+                edit.features,
+            )
+            for edit in edits
+            for site in resolve_sites(edit.site, self.n_layers)
+            for p in self._prompts_of(edit, batch)
+        ]
+
+    def _edit_value(self, edit: Edit, site: Site, tokens: Tokens) -> Tensor | None:
+        shape = shape_of(self.engine, site)
+        value = edit.value
+        if value is None:
+            return None
+        if value.dtype != self.dtype or value.device not in self.engine.devices:
             raise VectorError(
-                f"the edit at {edit.site} has a value of shape {tuple(value.shape)}; expected one vector, ({self.d_model},)"
+                f"the edit at {site} has a value in {_kind(value.dtype, value.device)}, but {self.name} computes in "
+                f"{_kind(self.dtype, self.device)}. Convert it: value.to(model.device, model.dtype)"
+            )
+        if not torch.isfinite(value).all():
+            bad = int((~torch.isfinite(value)).sum())
+            raise VectorError(f"the edit at {site} has {bad} of {value.numel()} entries that are not finite; expected numbers")
+        if edit.coordinates is not None or edit.features is not None or site.name == "state":
+            return value
+        if site.name in EDGES:
+            n = [len(p) if (p := _positions(where, tokens)) is not None else len(tokens) for where in (edit.position, edit.keys)]
+            expected = tuple(n) if site.head is not None else (*shape[:-2], *n)
+        else:
+            n_positions = len(p) if (p := _positions(edit.position, tokens)) is not None else len(tokens)
+            expected = (n_positions, *shape)
+        if not _broadcasts(value.shape, expected) and value.shape != (*self.engine.streams, *shape):
+            raise VectorError(
+                f"the edit at {site} has a value of shape {tuple(value.shape)}; expected {shape} for all its positions, or {expected}"
+                if site.name not in EDGES
+                else f"the edit at {site} has a value of shape {tuple(value.shape)}; expected {expected} (…, query, key)"
             )
         return value
 
     def _prompts_of(self, edit: Edit, batch: Sequence[Tokens]) -> Sequence[int]:
-        if edit.write not in WRITES:
-            raise InputError(f"unknown write {edit.write!r}. {nearest(str(edit.write), WRITES)}")
         if edit.prompt is None:
             return range(len(batch))
         if not -len(batch) <= edit.prompt < len(batch):
@@ -209,3 +365,27 @@ class Model:
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
             "python": platform.python_version(),
         }
+
+
+@dataclass(frozen=True, eq=False)
+class Said:
+    """What a model said: text, token ids, and the logits [vocab] of the first."""
+
+    text: str
+    ids: tuple[int, ...]
+    logits: Tensor
+
+
+def _positions(where: Positions, tokens: Tokens) -> tuple[int, ...] | None:
+    if where is None:
+        return None
+    asked = [where] if isinstance(where, (int, str, Span)) else list(where)
+    return tuple(tokens.position(position) for position in asked)
+
+
+def _kind(dtype: torch.dtype, device: torch.device) -> str:
+    return f"{str(dtype).removeprefix('torch.')} on {device}"
+
+
+def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False))

@@ -16,17 +16,7 @@ import torch
 from torch import Tensor
 
 from patchscopes.core.errors import NotAvailableError, PositionError, PromptError
-
-
-@dataclass(frozen=True)
-class Span:
-    """Tokens `first` to `last`, both included."""
-
-    first: int
-    last: int
-
-
-Position = int | str | Span  # an index, a piece of the text, or the last token of a span
+from patchscopes.core.positions import Position, Span
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from patchscopes.controls.vectors import SECOND_LOOK
 from patchscopes.core.edits import WRITES, Write
 from patchscopes.core.errors import InputError, PromptError, UnknownName, VectorError, nearest
 from patchscopes.core.layers import Layers, resolve_layers
-from patchscopes.core.sites import NAMES, Site
+from patchscopes.core.sites import SCOPED, Site
 from patchscopes.engine.generate import Decoding, Generated, generate
 from patchscopes.engine.patch import Row
 from patchscopes.maps import Identity, Map
@@ -160,8 +160,8 @@ class Patchscope:
                 raise InputError(
                     "sources that are looked at together must share model, site and layers; call the scope once for each otherwise"
                 )
-        if self.site not in NAMES:
-            raise UnknownName(f"unknown site {self.site!r}. {nearest(self.site, NAMES)}")
+        if self.site not in SCOPED:
+            raise UnknownName(f"unknown site {self.site!r}. {nearest(self.site, SCOPED)}")
         if self.write not in WRITES:
             raise UnknownName(f"unknown write {self.write!r}. {nearest(self.write, WRITES)}")
         if self.max_new_tokens < 1 or self.draws < 1:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from patchscopes.core.errors import InputError, PromptError, VectorError
 from patchscopes.core.layers import Layers, resolve_layers
-from patchscopes.core.sites import NAMES, Site, resolve_sites
+from patchscopes.core.sites import SCOPED, Site, resolve_sites
 from patchscopes.model.model import Model, Prompt
 from patchscopes.model.tokens import Position, Span, Tokens
 
@@ -52,7 +52,7 @@ class Source:
 
     def layers(self) -> list[int]:
         """The layers (or blocks) read, resolved."""
-        if self.site not in NAMES:
+        if self.site not in SCOPED:
             resolve_sites(f"{self.site}.0", self.model.n_layers)  # says what is known
         return resolve_layers(self.layer, self.model.n_layers - (self.site != "resid"))
 

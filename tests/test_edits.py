@@ -1,0 +1,223 @@
+"""Edits as data, and coordinate systems. What they do inside models: test_sites.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import WIDTH, loaded
+from oracle import CLOSE, error
+
+import patchscopes as ps
+from patchscopes.core.coordinates import Dictionary, Subspace, Whole
+from patchscopes.core.edits import Edit, freeze, knock_out, load_edits, project_out, save_edits, stop_gradient, swap, written
+from patchscopes.core.errors import InputError, PatchscopesError, RefusedError, SiteError, UnknownName, VectorError
+from patchscopes.core.positions import Span
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def a_dictionary() -> Dictionary:
+    return Dictionary(numbers(7, 5), numbers(7, seed=1), numbers(7, 5, seed=2), numbers(5, seed=3))
+
+
+SOME = [
+    Edit("resid.2", -1, numbers(5)),
+    Edit("z.3.1", "Wales", numbers(5), "add", prompt=1, amount=0.5),
+    Edit("resid.0", [0, "x", Span(2, 4)], numbers(5).to(torch.bfloat16), "interpolate", steps="always"),
+    Edit("resid.1", None, numbers(3), coordinates=Subspace.spanned_by(numbers(3, 5)), steps=(0, 2)),
+    Edit("mlp_out.1", 0, numbers(7), "add", coordinates=a_dictionary(), features=(2, 5)),
+    project_out("resid.*", numbers(2, 5), [1, 2]),
+    swap("resid.4", numbers(2, 5), numbers(5), -1),
+    *knock_out("1:3", "x", [0, 1], heads=(0, 2)),
+    *knock_out(2, None, 0, after=True, steps="always"),
+    stop_gradient("attn_out.1"),
+]
+
+
+# ------------------------------------------------------------------------------------------------------------------------- as data
+
+
+def test_they_are_saved_and_loaded(tmp_path: Path) -> None:
+    path = str(tmp_path / "edits.safetensors")
+    save_edits(path, SOME)
+    back = load_edits(path)
+    assert back == SOME
+    assert [repr(e) for e in back] == [repr(e) for e in SOME]
+    save_edits(path, [])
+    assert load_edits(path) == []
+
+
+def test_equal_edits_are_equal_and_any_difference_shows() -> None:
+    assert len({e.digest for e in SOME}) == len(set(SOME)) == len(SOME)
+    assert Edit("resid.2", -1, numbers(5)) == SOME[0] and hash(Edit("resid.2", -1, numbers(5))) == hash(SOME[0])
+    assert Edit("resid.2", -1, numbers(5) + 1e-6) != SOME[0]
+    assert Edit("resid.2", -1, numbers(5).double()) != SOME[0]
+    assert Edit("resid.2", -1, numbers(5), coordinates=Whole()) != SOME[0]
+    assert SOME[0] != "resid.2"
+
+
+def test_they_print() -> None:
+    assert repr(SOME[1]) == "Edit('z.3.1', position='Wales', value=float32[5], write='add', prompt=1, amount=0.5)"
+    assert "coordinates=subspace" in repr(SOME[3]) and "steps=(0, 2)" in repr(SOME[3])
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(InputError, match="holds no edits"):
+        load_edits(str(tmp_path / "x.safetensors"))
+
+
+def test_coordinates_of_ones_own_cannot_be_saved(tmp_path: Path) -> None:
+    class Mine(Whole):
+        pass
+
+    with pytest.raises(RefusedError, match="class Mine cannot be saved"):
+        save_edits(str(tmp_path / "x"), [Edit("resid.1", 0, numbers(5), coordinates=Mine())])
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (lambda: Edit("resid.1", 0), VectorError, "needs a value"),
+        (lambda: Edit("resid.1", 0, numbers(5), "scale"), VectorError, "takes no value"),
+        (lambda: Edit("resid.1", 0, write="knock_out"), SiteError, "at scores or pattern"),
+        (lambda: Edit("z.1", 0, numbers(5), keys=[1]), SiteError, "only scores and pattern have keys"),
+        (lambda: Edit("resid.1", 0, numbers(5), steps=(-1,)), InputError, "steps is"),
+        (lambda: Subspace(numbers(2, 5)), VectorError, "not orthonormal"),
+        (lambda: Subspace.spanned_by(torch.stack([numbers(5), 2 * numbers(5)])), VectorError, "not independent"),
+        (lambda: Subspace.spanned_by(torch.zeros(5)), VectorError, "not independent"),
+        (lambda: Subspace.spanned_by(numbers(6, 5)), VectorError, "not independent"),
+    ],
+)
+def test_what_cannot_be_is_said_at_once(make, kind: type[PatchscopesError], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        make()
+
+
+@pytest.mark.parametrize(("name", "value", "kind"), [("write", "replce", UnknownName), ("steps", "sometimes", InputError)])
+def test_words_that_are_not_known(name: str, value: str, kind: type[PatchscopesError]) -> None:
+    edit = Edit("resid.1", 0, numbers(5))
+    object.__setattr__(edit, name, value)  # past the annotations, which tests execute and users do not
+    with pytest.raises(kind, match="Did you mean 'replace'|steps is 'sometimes'; expected 'prompt'"):
+        edit.__post_init__()
+
+
+# --------------------------------------------------------------------------------------------------------------------- coordinates
+
+
+@pytest.mark.parametrize("system", [Whole(), Subspace.spanned_by(numbers(2, 5)), a_dictionary()])
+def test_what_an_edit_leaves_alone_changes_nothing_bit_for_bit(system) -> None:
+    x = numbers(3, 5)
+    same = written(system.encode(x), x, "replace", coordinates=system)
+    assert torch.equal(same, x)
+    assert torch.equal(written(None, x, "scale", 1.0, system), x)
+
+
+def test_a_subspace_holds_what_its_directions_span() -> None:
+    directions, x = numbers(2, 5), numbers(4, 5, seed=5)
+    space = Subspace.spanned_by(directions)
+    projector = directions.T @ torch.linalg.inv(directions @ directions.T) @ directions
+    assert error(space.decode(space.encode(x)), x @ projector) < 1e-5
+    assert float((directions @ space.basis.T)[0, 0]) > 0  # the first direction keeps its sign
+    gone = written(None, x, "scale", 0.0, space)
+    assert error(gone, x - x @ projector) < 1e-5
+    other = numbers(5, seed=6)
+    assert error(written(space.encode(other), x, "replace", coordinates=space), x - x @ projector + other @ projector) < 1e-5
+
+
+def test_a_rotation_changes_nothing_but_the_axes() -> None:
+    rotation, x, v = Subspace.spanned_by(numbers(5, 5)), numbers(4, 5, seed=5), numbers(5, seed=6)
+    assert error(written(rotation.encode(v), x, "replace", coordinates=rotation), v.expand_as(x)) < 1e-5
+    assert error(written(rotation.encode(v), x, "add", 0.3, rotation), x + 0.3 * v) < 1e-5
+
+
+def test_one_feature_of_a_dictionary_moves_by_its_own_direction() -> None:
+    dictionary, x = a_dictionary(), numbers(4, 5, seed=5)
+    new = written(torch.tensor([2.5]), x, "replace", coordinates=dictionary, features=(3,))
+    f = torch.relu(x @ dictionary.encoder.T + dictionary.encoder_bias)
+    assert error(new, x + (2.5 - f[:, 3:4]) * dictionary.decoder[3]) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------------------------- before a run
+
+
+BAD = [
+    (Edit("resid.2", -1, torch.full((WIDTH,), float("nan"))), VectorError, "not finite"),
+    (Edit("resid.2", -1, numbers(WIDTH).double()), VectorError, r"float64 on cpu, but .* computes in float32"),
+    (Edit("resid.2", -1, numbers(WIDTH).to("meta")), VectorError, "float32 on meta"),
+    (Edit("resid.2", -1, numbers(WIDTH - 1)), VectorError, r"shape \(63,\); expected \(64,\)"),
+    (Edit("resid.2", [0, 1], numbers(3, WIDTH)), VectorError, r"shape \(3, 64\)"),
+    (Edit("z.2.9", -1, numbers(16)), SiteError, r"z\.2 has 4 heads"),
+    (Edit("router.2", -1, numbers(4)), SiteError, "no mixture of experts"),
+    (Edit("delta.2", -1, numbers(4)), SiteError, "no state-space mixer"),
+    (Edit("resid.9", -1, numbers(WIDTH)), SiteError, "out of range"),
+    (Edit("resid.2", 99, numbers(WIDTH)), PatchscopesError, "position 99 is out of range"),
+    (Edit("resid.2", 0, numbers(WIDTH), prompt=3), PatchscopesError, "names prompt 3"),
+    (Edit("pattern.2", 0, numbers(3, 3)), VectorError, r"expected \(4, 1, 4\)"),
+]
+
+
+@pytest.mark.parametrize(("edit", "kind", "message"), BAD, ids=lambda x: x.site if isinstance(x, Edit) else "")
+def test_edits_that_cannot_be_are_refused_before_anything_runs(edit: Edit, kind: type[PatchscopesError], message: str) -> None:
+    model = loaded("llama")
+    model.run("abc", read=["z.2", "pattern.2"])  # what is measured once is measured
+    passes: list[int] = []
+    handle = model.hf.register_forward_hook(lambda *_: passes.append(1))
+    try:
+        with pytest.raises(kind, match=message):
+            model.run("abc", edits=[edit])
+    finally:
+        handle.remove()
+    assert not passes
+
+
+def test_edits_that_contradict_one_another_are_refused() -> None:
+    model, v = loaded("llama"), numbers(WIDTH)
+    clash = [
+        [Edit("resid.2", -1, v), Edit("resid.2", 3, v)],
+        [Edit("resid.2", None, v, "add"), Edit("resid.2", 1, v)],
+        [Edit("z.2.1", 0, numbers(16), "add"), Edit("z.2", 0, numbers(16))],
+        [Edit("resid.2", None, v, steps=(1,)), Edit("resid.2", 0, v, steps=(0, 1))],
+    ]
+    for edits in clash:
+        with pytest.raises(InputError, match="contradict one another"):
+            model.run("abc", edits=edits)
+    fine = [
+        [Edit("resid.2", -1, v), Edit("resid.2", -1, v, "add")],
+        [Edit("z.2.1", 0, numbers(16)), Edit("z.2.0", 0, numbers(16))],
+        [Edit("resid.2", 0, v, prompt=0), Edit("resid.2", 0, v, prompt=1)],
+    ]
+    for edits in fine:
+        model.run(["abc", "bcd"], edits=edits)
+
+
+def test_a_query_must_keep_a_key() -> None:
+    with pytest.raises(InputError, match="without any key"):
+        loaded("llama").run("abc", edits=knock_out("*", 0, 0))
+
+
+def test_freezing_repeats_a_run() -> None:
+    """Everything that attention and norms do is set to what it was; then the rest is linear but for the MLPs' activations."""
+    model = loaded("llama")
+    first = model.run(["abcd", "xy"], read=["pattern.*", "attn_scale.*", "attn_out.*", "mlp_out.*", "resid.0"])
+    edits = freeze(first, ["resid.0", *(f"{site}.{b}" for site in ("attn_out", "mlp_out") for b in range(model.n_layers))])
+    again = model.run(["efgh", "zw"], edits=edits)
+    assert error(again.logits[first.mask], first.logits[first.mask]) <= CLOSE
+    frozen = freeze(first, [f"{site}.{b}" for site in ("pattern", "attn_scale") for b in range(model.n_layers)])
+    same = model.run(["abcd", "xy"], edits=frozen)
+    assert error(same.logits[first.mask], first.logits[first.mask]) <= CLOSE
+    other = model.run(["efgh", "zw"], edits=frozen, read=["pattern.2", "attn_scale.3"])
+    for row in range(2):
+        real = first.mask[row].nonzero()[:, 0]
+        assert torch.equal(other["pattern.2"][row][:, real][..., real], first["pattern.2"][row][:, real][..., real])
+        assert torch.equal(other["attn_scale.3"][row, real], first["attn_scale.3"][row, real])
+
+
+def test_names_are_public() -> None:
+    assert ps.edits.knock_out is knock_out and ps.coordinates.Subspace is Subspace
