@@ -96,7 +96,9 @@ _SETTINGS = {
     **dict.fromkeys(("n_shared_experts", "num_shared_experts", "topk_group", "first_k_dense_replace", "mamba_n_groups"), 1),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "v_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 16),
-    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "mamba_n_heads", "mamba_d_state", "mamba_chunk_size", "state_size"), 8),
+    **dict.fromkeys(
+        ("qk_rope_head_dim", "qk_nope_head_dim", "mamba_n_heads", "mamba_d_state", "mamba_chunk_size", "state_size"), 8
+    ),
     "sliding_window": 6,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -136,7 +138,13 @@ _MORE: dict[str, dict] = {
     "hy_v4": {**_SPARSE, "hc_mult": 2},
     "longcat_flash": {
         **_MLA,
-        **{"num_layers": DEPTH, "num_hidden_layers": None, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "zero_expert_num": 2},
+        **{
+            "num_layers": DEPTH,
+            "num_hidden_layers": None,
+            "ffn_hidden_size": 96,
+            "expert_ffn_hidden_size": 32,
+            "zero_expert_num": 2,
+        },
     },
     "bailing_hybrid": {**_MLA, **_SWITCHING},
     "kimi_linear": {**_MLA, "linear_head_dim": 16, "linear_num_heads": 4},
@@ -147,12 +155,26 @@ _MORE: dict[str, dict] = {
     "falcon_h1": {"mamba_d_ssm": 128},
     "nemotron_h": {
         "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
-        **{"num_hidden_layers": None, "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 8},
+        **{
+            "num_hidden_layers": None,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
+            "n_groups": 2,
+            "chunk_size": 8,
+        },
         "moe_shared_expert_intermediate_size": 32,
     },
     "zamba2": {
         "layer_types": ["linear_attention", "hybrid"] * 2 + ["linear_attention"],
-        **{"num_key_value_heads": 4, "n_mamba_heads": 4, "mamba_ngroups": 1, "mamba_headdim": 32, "chunk_size": 8, "head_dim": None},
+        **{
+            "num_key_value_heads": 4,
+            "n_mamba_heads": 4,
+            "mamba_ngroups": 1,
+            "mamba_headdim": 32,
+            "chunk_size": 8,
+            "head_dim": None,
+        },
         **{"num_mem_blocks": 1, "hybrid_layer_ids": [1, 3], "use_mem_rope": True},
         **{"attention_hidden_size": 128, "attention_head_dim": 32},
     },
@@ -194,9 +216,19 @@ _REFUSED: dict[str, dict] = {
     "cpmant": {"dim_head": 16, "num_heads": 4, "dim_ff": 96, "prompt_types": 4, "prompt_length": 4, "segment_types": 4},
     "hrm_text": {"num_hidden_layers": 2},
     "prophetnet": {
-        **{"num_decoder_layers": DEPTH, "num_encoder_layers": 2, "num_decoder_attention_heads": 4, "num_encoder_attention_heads": 4},
+        **{
+            "num_decoder_layers": DEPTH,
+            "num_encoder_layers": 2,
+            "num_decoder_attention_heads": 4,
+            "num_encoder_attention_heads": 4,
+        },
     },
-    "reformer": {"axial_pos_embds": False, "attn_layers": ["local"] * DEPTH, "local_attn_chunk_length": 4, "feed_forward_size": 96},
+    "reformer": {
+        "axial_pos_embds": False,
+        "attn_layers": ["local"] * DEPTH,
+        "local_attn_chunk_length": 4,
+        "feed_forward_size": 96,
+    },
     "xlm": {"causal": True, "emb_dim": WIDTH, "n_heads": 4, "n_layers": DEPTH, "n_langs": 1},
     "xlnet": {"num_hidden_layers": None, "n_layer": DEPTH, "n_head": 4, "d_inner": 96, "d_head": 16},
 }
@@ -237,6 +269,18 @@ ROUTES = {
     **dict.fromkeys(("rwkv", "recurrent_gemma", "openai-gpt", "xlstm", "moshi", "minimax", "longcat_flash"), "hooks"),
     **dict.fromkeys(("glm_moe_dsa", "hy_v4", "deepseek_v4", "qwen4_exp_text", "inkling2_text"), "hooks"),
 }
+# The route for one token, where it is another: nothing is continued there, so a cache that cannot be continued does no harm.
+READOUTS = {
+    **ROUTES,
+    **dict.fromkeys(("rwkv", "recurrent_gemma", "openai-gpt", "xlstm", "moshi", "minimax", "longcat_flash"), "whole"),
+    **dict.fromkeys(("glm_moe_dsa", "hy_v4", "deepseek_v4", "qwen4_exp_text"), "whole"),
+}
+# Where batch and position stand in a hidden state, if not third and second from last: these have streams behind them.
+LAYOUT = dict.fromkeys(("deepseek_v4", "hy_v4"), (-4, -3))
+# The number of a prompt's first position, where it is not 0: RoBERTa's padding id, and one (fairseq's way of counting).
+FIRST = dict.fromkeys("roberta camembert xlm-roberta xlm-roberta-xl xmod data2vec-text roberta-prelayernorm".split(), 1)
+# Models whose own one-token step is not their own full pass, by more than rounding: what is generated is compared with such steps.
+STEPWISE = ("zamba2", "nemotron_h", "deepseek_v32")
 # (attention, MLP, factor): what a block adds to the residual stream is their outputs times the factor (read in transformers 5.23)
 WRITERS = {
     "gpt2": ("attn", "mlp", 1),
@@ -259,7 +303,7 @@ def tiny(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> n
     """A random model of `family`, in evaluation mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        hf = AutoModelForCausalLM.from_config(CONFIGS[family]).to(dtype)
+        hf = AutoModelForCausalLM.from_config((CONFIGS | REFUSED)[family]).to(dtype)
         for parameter in hf.parameters():
             if parameter.ndim >= 2:
                 parameter.data.normal_(0, STD)

@@ -54,10 +54,12 @@ class Engine:
         if self.encodes:
             self.given = self.encode(torch.arange(1, 8, device=self.device).remainder(text_config.vocab_size).unsqueeze(0))
         self._injecting = False
+        self.first_position = 0  # the number of a prompt's first position
         self.layout = (-3, -2)  # the axes of batch and position in a block's hidden state
         self.anatomy: Anatomy = find_anatomy(model, self.device, self.given.inputs(1) if self.given else {})
         self.blocks = self.anatomy.blocks
         self.n_layers = self.anatomy.n_layers
+        self.first_position = self._measure_first_position()
         self.vocab: int = text_config.vocab_size
         # the longest sequence, in tokens; None if the config names no limit
         self.context: int | None = next(
@@ -68,11 +70,14 @@ class Engine:
             ),
             None,
         )
+        if self.context is not None:
+            self.context -= self.first_position
         self.layout = self._measure_layout()
         self.anatomy = replace(self.anatomy, batch_axes=self._measure_batch_axes())
         one = self.read(torch.zeros(1, 1, dtype=torch.long, device=self.device), [0]).h[0]
         # what a residual carries in front of its batch (with `layout` undone): () but for Gemma-3n, DeepSeek-V4 and their like
         self.streams: tuple[int, ...] = tuple(one.shape[:-3])
+        self.d_model: int = one.shape[-1]  # the residual's width: in Qwen-4 several times the config's hidden_size
 
     # -------------------------------------------------------------------------------------------------------- forward
 
@@ -115,7 +120,7 @@ class Engine:
                 if cache is not None:
                     cache.ahead = self.given.next_position - self.given.ids.shape[1]
         if self.anatomy.takes_positions:
-            kwargs["position_ids"] = positions
+            kwargs["position_ids"] = positions + self.first_position
         if mask is not None:
             kwargs[names[1]] = mask
         if cache is not None and self.anatomy.cache_name is not None:
@@ -328,6 +333,32 @@ class Engine:
 
         return on_arguments(self.blocks[block], change)
 
+    def own_logits(self, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
+        """The model's logits when nothing but the tokens is said to it."""
+        given = self.given.inputs(len(ids)) if isinstance(self.given, Encoded) else {}
+        return self.model(**{"decoder_input_ids" if self.encodes else "input_ids": ids}, **given, use_cache=False).logits
+
+    @torch.no_grad()
+    def _measure_first_position(self) -> int:
+        """The number that the model itself gives to a prompt's first position: 0, but 2 in RoBERTa (its padding id, and one)."""
+        if not self.anatomy.takes_positions:
+            return 0
+        config = self.config.get_text_config(decoder=True)
+        pad = getattr(config, "pad_token_id", None)
+        ids = torch.arange(1, 7, device=self.device).remainder(config.vocab_size)
+        ids = ids[ids != (-1 if pad is None else pad)].unsqueeze(0)
+        own, best = self.own_logits(ids), (float("inf"), 0)
+        for first in dict.fromkeys((0, 1, 2, 1 + pad if isinstance(pad, int) and pad >= 0 else 0)):
+            self.first_position = first
+            try:
+                off = float((self.forward(ids) - own).abs().max() / own.abs().max())
+            except (IndexError, RuntimeError):  # beyond the table of positions
+                continue
+            if off < 1e-6:
+                return first
+            best = min(best, (off, first))
+        return best[1]
+
     @torch.no_grad()
     def _measure_layout(self) -> tuple[int, int]:
         """The axes of batch and position in what the first block gets: −3 and −2 nearly everywhere."""
@@ -344,7 +375,13 @@ class Engine:
         for prefix in (2, 0):  # Mamba-1 refuses a mask longer than the chunk
             try:
                 return measure_batch_axes({n: self._argument_shapes(n, prefix) for n in (2, 3)})
-            except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):  # a model may object in its own way; then without a prefix
+            except (
+                RuntimeError,
+                ValueError,
+                TypeError,
+                LookupError,
+                AttributeError,
+            ):  # a model may object in its own way; then without a prefix
                 continue
         return None
 
