@@ -5,12 +5,13 @@ Written against transformers alone: nothing of patchscopes is imported here.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from families import WRITERS, blocks_of
+from families import FIRST, LAYOUT, WRITERS, blocks_of
 from torch import Tensor, nn
 
 CLOSE = 1e-4  # of the largest logit, in float32
@@ -37,6 +38,11 @@ def patched(hf: nn.Module, family: str, patch: Patch | None, ratios: list[float]
     factor = 1.0 if name == "resid" else WRITERS[family][2]
 
     def put(x: Tensor) -> Tensor:
+        if name == "resid" and family in LAYOUT:
+            return put_in_order(x.movedim(LAYOUT[family], (-3, -2))).movedim((-3, -2), LAYOUT[family]).contiguous()
+        return put_in_order(x)
+
+    def put_in_order(x: Tensor) -> Tensor:
         new = x.clone()
         place = new[..., 0, patch.position, :] if x.ndim > 2 else new[patch.position]  # some modules see one row of all tokens
         old, value = place * factor, patch.value
@@ -48,7 +54,7 @@ def patched(hf: nn.Module, family: str, patch: Patch | None, ratios: list[float]
         return new
 
     def on_output(_module: nn.Module, _args: tuple, out: Tensor | tuple) -> Tensor | tuple:
-        return (put(out[0]), *out[1:]) if isinstance(out, tuple) else put(out)
+        return type(out)([put(out[0]), *out[1:]]) if isinstance(out, (tuple, list)) else put(out)
 
     if name != "resid":
         writer = WRITERS[family][("attn_out", "mlp_out").index(name)]
@@ -80,16 +86,16 @@ def states(hf: nn.Module, family: str, ids: Tensor) -> dict[str, Tensor]:
 
     def on_output(site: str, factor: float) -> None:
         def look(_module: nn.Module, _args: tuple, out: Tensor | tuple) -> None:
-            value = out[0] if isinstance(out, tuple) else out
+            value = out[0] if isinstance(out, (tuple, list)) else out
             value = (value if factor == 1 else value * factor).clone()
+            if site.startswith("resid") and family in LAYOUT:
+                value = value.movedim(LAYOUT[family], (-3, -2))
             seen[site] = value.reshape(*ids.shape, -1) if value.ndim == 2 else value
 
         return look
 
     for b, block in enumerate(blocks):
-        handles.append(
-            block.register_forward_pre_hook(lambda _module, args, b=b: seen.__setitem__(f"resid.{b}", args[0].clone()))
-        )
+        handles.append(block.register_forward_pre_hook(lambda module, args, b=b: on_output(f"resid.{b}", 1)(module, (), args[0])))
         for name, path in (("attn_out", attention), ("mlp_out", mlp)):
             if path is not None:
                 handles.append(block.get_submodule(path).register_forward_hook(on_output(f"{name}.{b}", factor)))
@@ -128,6 +134,48 @@ def say(hf: nn.Module, family: str, ids: Sequence[int], patch: Patch | None, ste
     top = torch.stack(logits).topk(2).values
     leads = (top[:, 0] - top[:, 1]) / torch.stack(logits).abs().amax(-1)
     return Said(tokens, torch.stack(logits), leads.tolist(), ratios[0] if ratios else 1.0)
+
+
+def say_with_cache(hf: nn.Module, family: str, ids: Sequence[int], patch: Patch | None, steps: int) -> Said:
+    """`say` for models whose own one-token step is not their own full pass: one patched pass over the prompt, then their own steps."""
+    tokens, logits, ratios = [], [], []
+    with torch.no_grad(), patched(hf, family, patch, ratios):
+        out = hf(torch.tensor([list(ids)]), use_cache=True)
+    for step in range(steps):
+        last = out.logits[0, -1]
+        tokens.append(int(last.argmax()))
+        logits.append(last)
+        if step + 1 < steps:
+            at = torch.tensor([[len(ids) + step]])
+            with torch.no_grad():
+                out = hf(
+                    torch.tensor([tokens[-1:]]),
+                    past_key_values=out.past_key_values,
+                    position_ids=at + FIRST.get(family, 0),
+                    use_cache=True,
+                )
+    top = torch.stack(logits).topk(2).values
+    leads = (top[:, 0] - top[:, 1]) / torch.stack(logits).abs().amax(-1)
+    return Said(tokens, torch.stack(logits), leads.tolist(), ratios[0] if ratios else 1.0)
+
+
+def gradient(hf: nn.Module, family: str, ids: Sequence[int], patch: Patch, token: int) -> Tensor:
+    """∂ logit of `token` after `ids` / ∂ the vector that `patch` writes, by autograd through the hooked full pass."""
+    value = patch.value.clone().requires_grad_()
+    with torch.enable_grad(), patched(hf, family, Patch(patch.site, patch.position, value)):
+        logit = hf(torch.tensor([list(ids)]), use_cache=False).logits[0, -1, token]
+    return torch.autograd.grad(logit, value)[0]
+
+
+def padded_logits(hf: nn.Module, family: str, ids: Sequence[int], pads: int) -> Tensor:
+    """Logits [pos, vocab] of `ids` behind so many padded places, beside a row without any, as transformers wants it."""
+    both = torch.tensor([[*ids[:pads], *ids]] * 2)
+    mask = torch.ones_like(both)
+    mask[0, :pads] = 0
+    takes = inspect.signature(hf.forward).parameters
+    positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0) + FIRST.get(family, 0)} if "position_ids" in takes else {}
+    with torch.no_grad():
+        return hf(both, attention_mask=mask, use_cache=False, **positions).logits[0, pads:]
 
 
 def text_log_p(hf: nn.Module, family: str, ids: Sequence[int], patch: Patch | None, text: Sequence[int]) -> Tensor:

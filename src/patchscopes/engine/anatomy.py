@@ -9,12 +9,15 @@
   found among all modules inside the block by least squares: the smallest set, and in it the outermost modules, that leaves a
   relative error below 1e-5 with a ≠ 0. The first to run is the attention (or whatever mixes positions), the second the MLP.
 * Batch axes: which axis of every other argument of a block counts rows, seen by running two rows and three.
+* Carried: what a block returns beside the hidden state and the next block takes as an argument (T5's position bias, the indices of
+  GLM's sparse attention, Zaya's router states), seen by the identity of the tensors.
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from patchscopes.core.errors import RefusedError
-from patchscopes.engine.hooks import Handle, first_tensor, hooked, on_arguments
+from patchscopes.engine.hooks import Handle, first_tensor, hooked, map_tensors, on_arguments
 
 TOLERANCE = 1e-5
+LISTS = 8  # how many module lists are tried
 DEPTH = 3  # how deep inside a block a residual writer may lie
 
 
@@ -45,6 +49,7 @@ class Anatomy:
     writers      for each block its writers in the order in which they run; empty where no set explains the block
     carries      for each block a, by which it multiplies the stream before it adds to it; 1 nearly everywhere
     rest         what a block returns after the hidden state, None if it returns a bare tensor
+    carried      for each block: path of an argument -> index in `rest` of what the block before returned there
     cache_name   the model's argument that takes a cache, if it takes one
     batch_axes   (block, path of an argument) -> (batch axis, entries a row); None where they could not be measured
     """
@@ -57,6 +62,7 @@ class Anatomy:
     cache_name: str | None
     takes_positions: bool
     takes_keep: bool
+    carried: list[dict[tuple, int]]
     batch_axes: dict[tuple, tuple[int, int]] | None = None
 
     @property
@@ -71,15 +77,25 @@ class Anatomy:
 
 
 @torch.no_grad()
-def find_anatomy(model: nn.Module, device: torch.device) -> Anatomy:
-    """The parts of a Hugging Face causal language model, all but `batch_axes`. RefusedError, with what was found, without a decoder."""
+def find_anatomy(model: nn.Module, device: torch.device, given: dict[str, Any]) -> Anatomy:
+    """The parts of a Hugging Face language model with a decoder, all but `batch_axes`. RefusedError, with what was found, without one.
+
+    given: what a pass gets beside its tokens (for encoder–decoders the encoder's output).
+    """
     whole: Any = model.config
     config = whole.get_text_config(decoder=True)
     n_layers, kind = getattr(config, "num_hidden_layers", None), type(model).__name__
     ids = torch.arange(1, 9, device=device).remainder(config.vocab_size).unsqueeze(0)
+    ids_name = "decoder_input_ids" if given else "input_ids"
+
+    def run(ids: Tensor) -> Any:
+        return model(**{ids_name: ids}, **given, use_cache=False)
+
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    for path, blocks in lists:  # noqa: B007 (both are used after the loop)
-        trace = _trace(model, list(blocks), ids) if len(blocks) == n_layers else None
+    # lists of that length first, then the biggest: LongCat-Flash counts two layers a block
+    likely = sorted(lists, key=lambda item: (len(item[1]) != n_layers, -sum(p.numel() for p in item[1].parameters())))
+    for path, blocks in likely[:LISTS]:  # noqa: B007 (both are used after the loop)
+        trace = _trace(run, list(blocks), ids)
         if trace is not None:
             break
     else:
@@ -88,7 +104,7 @@ def find_anatomy(model: nn.Module, device: torch.device) -> Anatomy:
             f"no decoder stack found in {kind}: of its module lists ({found}) none holds the {n_layers} blocks that its config "
             "names, running one after the other. patchscopes reads causal language models (decoders)."
         )
-    if not _is_causal(model, ids):
+    if not _is_causal(run, ids):
         raise RefusedError(
             f"no decoder stack found: in {kind} early positions see later ones, so it is an encoder. "
             "patchscopes reads causal language models (decoders)."
@@ -104,6 +120,7 @@ def find_anatomy(model: nn.Module, device: torch.device) -> Anatomy:
         cache_name=next((name for name in ("past_key_values", "cache_params") if name in takes), None),
         takes_positions="position_ids" in takes,
         takes_keep="logits_to_keep" in takes,
+        carried=trace.carried,
     )
 
 
@@ -115,17 +132,28 @@ class _Trace:
     outputs: list[Tensor] = field(default_factory=list)
     inside: list[list[tuple[str, nn.Module, Tensor]]] = field(default_factory=list)
     rest: tuple | None = None
+    carried: list[dict[tuple, int]] = field(default_factory=list)
 
 
-def _trace(model: nn.Module, blocks: list[nn.Module], ids: Tensor) -> _Trace | None:
+def _trace(run: Callable[[Tensor], Any], blocks: list[nn.Module], ids: Tensor) -> _Trace | None:
     """The trace if `blocks` run once each, in order, handing the hidden state on unchanged; else None."""
     trace, order = _Trace(inside=[[] for _ in blocks]), []
+    handed: list[Any] = []  # what the block before returned after the hidden state
 
     def enter(b: int) -> Handle:
-        def note(args: tuple, _kwargs: dict) -> None:
+        def note(args: tuple, kwargs: dict) -> None:
             if args and isinstance(args[0], Tensor):
                 order.append(b)
                 trace.inputs.append(args[0].clone())
+                trace.carried.append({})
+
+                def compare(path: tuple, t: Tensor) -> Tensor:
+                    same = [j for j, other in enumerate(handed) if other is t]
+                    if same:
+                        trace.carried[-1][path] = same[0]
+                    return t
+
+                map_tensors(compare, (args[1:], kwargs))
 
         return on_arguments(blocks[b], note)
 
@@ -134,7 +162,8 @@ def _trace(model: nn.Module, blocks: list[nn.Module], ids: Tensor) -> _Trace | N
             value = first_tensor(out)
             if value is not None:
                 trace.outputs.append(value.clone())
-                trace.rest = tuple(None if torch.is_tensor(x) else x for x in out[1:]) if isinstance(out, tuple) else None
+                handed[:] = out[1:] if isinstance(out, (tuple, list)) else []
+                trace.rest = tuple(None if torch.is_tensor(x) else x for x in handed) if out is not value else None
 
         return Handle(lambda: blocks[b].register_forward_hook(note))
 
@@ -154,7 +183,7 @@ def _trace(model: nn.Module, blocks: list[nn.Module], ids: Tensor) -> _Trace | N
         if path and path.count(".") < DEPTH and not isinstance(module, nn.ModuleList)
     ]
     with hooked(hooks):
-        model(ids, use_cache=False)
+        run(ids)
     if order != list(range(len(blocks))) or len(trace.outputs) != len(blocks):
         return None
     if any(not torch.equal(a.to(b.device), b) for a, b in zip(trace.outputs, trace.inputs[1:], strict=False)):
@@ -196,10 +225,10 @@ def _writers(b: int, trace: _Trace) -> tuple[tuple[Writer, ...], float]:
     return (), 1.0
 
 
-def _is_causal(model: nn.Module, ids: Tensor) -> bool:
+def _is_causal(run: Callable[[Tensor], Any], ids: Tensor) -> bool:
     other = ids.clone()
     other[0, -1] = 0
-    a, b = (model(x, use_cache=False).logits[0, :-1] for x in (ids, other))
+    a, b = (run(x).logits[0, :-1] for x in (ids, other))
     exact = a.dtype in (torch.float32, torch.float64)
     return bool((a - b).abs().max() <= (1e-5 if exact else 1e-2) * a.abs().max())
 

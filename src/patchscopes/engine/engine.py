@@ -6,6 +6,7 @@ Everything goes through the model's own `forward`, with explicit positions, with
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,9 +18,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from patchscopes.core.errors import SiteError
+from patchscopes.core.errors import InputError, RefusedError, SiteError
 from patchscopes.core.sites import Site
 from patchscopes.engine.anatomy import Anatomy, Writer, find_anatomy, measure_batch_axes
+from patchscopes.engine.given import DecoderCache, Encoded, Images, own_positions
 from patchscopes.engine.hooks import Change, Handle, bypassing, hooked, map_tensors, on_arguments, on_input, on_output
 from patchscopes.engine.parts import AllParts, find_parts
 
@@ -31,7 +33,8 @@ class Reading:
     """One unedited pass.
 
     h       layer -> residual stream [..., batch, pos, d_model], for the layers asked for
-    shared  layer -> the keys and values that block finds handed over from earlier ones (Gemma-3n, Gemma-4; else empty)
+    shared  layer -> what that block finds handed over from earlier ones beside the hidden state: keys and values (Gemma-3n, Gemma-4),
+            or what the one before returned ("rest 0", …; see Anatomy.carried); batch on axis 0. Mostly empty
     """
 
     h: dict[int, Tensor]
@@ -45,13 +48,21 @@ class Engine:
     def __init__(self, model: nn.Module, device: torch.device | None = None):
         self.model: Any = model.eval()
         self.device = device or _execution_device(model)
-        self.anatomy: Anatomy = find_anatomy(model, self.device)
-        self.blocks = self.anatomy.blocks
-        self.n_layers = self.anatomy.n_layers
         self.config: Any = model.config
         text_config = self.config.get_text_config(decoder=True)
+        self.encodes = bool(getattr(self.config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"))
+        # what passes get beside their tokens; for an encoder–decoder a stand-in, until its parts and abilities are measured
+        self.given: Encoded | Images | None = None
+        if self.encodes:
+            self.given = self.encode(torch.arange(1, 8, device=self.device).remainder(text_config.vocab_size).unsqueeze(0))
+        self._injecting = False
+        self.first_position = 0  # the number of a prompt's first position
+        self.layout = (-3, -2)  # the axes of batch and position in a block's hidden state
+        self.anatomy: Anatomy = find_anatomy(model, self.device, self.given.inputs(1) if self.given else {})
+        self.blocks = self.anatomy.blocks
+        self.n_layers = self.anatomy.n_layers
+        self.first_position = self._measure_first_position()
         self.vocab: int = text_config.vocab_size
-        self.d_model: int = text_config.hidden_size
         # the longest sequence, in tokens; None if the config names no limit
         self.context: int | None = next(
             (
@@ -61,10 +72,14 @@ class Engine:
             ),
             None,
         )
+        if self.context is not None:
+            self.context -= self.first_position
+        self.layout = self._measure_layout()
         self.anatomy = replace(self.anatomy, batch_axes=self._measure_batch_axes())
         one = self.read(torch.zeros(1, 1, dtype=torch.long, device=self.device), [0]).h[0]
-        # what a residual carries in front of its batch: () but for Gemma-3n
+        # what a residual carries in front of its batch (with `layout` undone): () but for Gemma-3n, DeepSeek-V4 and their like
         self.streams: tuple[int, ...] = tuple(one.shape[:-3])
+        self.d_model: int = one.shape[-1]  # the residual's width: in Qwen-4 several times the config's hidden_size
         # shapes of sites seen so far (places.shape_of)
         self.shapes: dict[Site, tuple[int, ...]] = {}
 
@@ -83,6 +98,8 @@ class Engine:
 
     def new_cache(self) -> Any:
         """An empty cache, or None if the model takes none. With the config: sliding and recurrent layers need their own class."""
+        if self.encodes:
+            return DecoderCache(self.config.get_text_config(decoder=True))
         return DynamicCache(config=self.config) if self.anatomy.cache_name else None
 
     def forward(
@@ -97,40 +114,132 @@ class Engine:
     ) -> Float[Tensor, "batch kept vocab"]:
         """Logits of one pass. `keep`: the positions of `ids` whose logits are wanted (None: all); `offset`: tokens in the cache."""
         n, s = ids.shape
-        kwargs: dict[str, Any] = {}
+        names = ("decoder_input_ids", "decoder_attention_mask") if self.encodes else ("input_ids", "attention_mask")
+        kwargs: dict[str, Any] = {names[0]: ids}
+        if self.encodes and not isinstance(self.given, Encoded):
+            raise RefusedError(
+                "this model is an encoder–decoder: its decoder needs a text to look at. Give it one: model.given(text=…) is a model "
+                "whose prompts are the decoder's"
+            )
+        if isinstance(self.given, Encoded):
+            kwargs |= self.given.inputs(n)
         if positions is None:
-            positions = torch.arange(offset, offset + s, device=ids.device).expand(n, -1)
+            # after a prompt with images positions are not the number of tokens (M-RoPE): its cache knows by how much
+            positions = torch.arange(offset, offset + s, device=ids.device).expand(n, -1) + getattr(cache, "ahead", 0)
+        if isinstance(self.given, Images):
+            extra, own = self.given.inputs(ids, offset, bypassed=self._injecting)
+            if own is not None:
+                if mask is not None:
+                    raise InputError("prompts with images cannot be padded; expected one length, or one prompt at a time")
+                positions, kwargs = own, kwargs | extra
+                if cache is not None:
+                    cache.ahead = self.given.next_position - self.given.ids.shape[1]
         if self.anatomy.takes_positions:
-            kwargs["position_ids"] = positions
+            kwargs["position_ids"] = positions + self.first_position
         if mask is not None:
-            kwargs["attention_mask"] = mask
+            kwargs[names[1]] = mask
         if cache is not None and self.anatomy.cache_name is not None:
             kwargs[self.anatomy.cache_name] = cache
         if keep is not None and self.anatomy.takes_keep:
             kwargs["logits_to_keep"] = torch.tensor(list(keep), device=ids.device)
-        logits = self.model(ids, use_cache=cache is not None, **kwargs).logits
+        logits = self.model(use_cache=cache is not None, **kwargs).logits
         if keep is not None and not self.anatomy.takes_keep:
             logits = logits[:, list(keep)]
         return logits
 
+    @torch.no_grad()
+    def encode(self, ids: Int[Tensor, "1 pos"]) -> Encoded:
+        """A text as the encoder reads it."""
+        return Encoded(self.model.get_encoder()(input_ids=ids.to(self.device)).last_hidden_state)
+
+    def see(self, inputs: dict[str, Tensor], marks: frozenset[int]) -> Images:
+        """A prompt with images, `inputs` being what the model's processor made of it. InputError if it has no image token."""
+        inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        ids = inputs["input_ids"]
+        if ids.shape[0] != 1 or not any((ids == mark).any() for mark in marks):
+            raise InputError(
+                f"expected one prompt with image tokens (ids {sorted(marks)}), found {ids.shape[0]} prompts of ids {ids.unique().tolist()[:8]}…"
+            )
+        rest = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+        per_token = {name: value for name, value in rest.items() if value.shape == ids.shape and not value.is_floating_point()}
+        stack = self.model.get_submodule(self.anatomy.blocks_path.rpartition(".")[0])
+        plain = {name: value for name, value in inputs.items() if name != "attention_mask"}
+        positions = own_positions(self.model, stack, plain)
+        return Images(ids, marks, {name: value for name, value in rest.items() if name not in per_token}, per_token, positions)
+
+    def with_given(self, given: Encoded | Images | None) -> Engine:
+        """This engine, every pass of which also gets `given`."""
+        other = copy.copy(self)
+        other.given = given
+        return other
+
+    def start(self, ids: Int[Tensor, "target pos"], position: int) -> int:
+        """Where a pass that is to begin at `position` or before may begin: the image tokens of a prompt must not be parted."""
+        return self.given.start(ids, position) if isinstance(self.given, Images) else position
+
     @contextmanager
     def bypassing(self, upto: int, shared: SharedKV | None = None) -> Iterator[None]:
-        """Blocks [0, upto) return their input inside; `shared`: what they would have handed over, one row or as many as run."""
+        """Blocks [0, upto) return their input inside, into which the caller puts states; `shared`: what they would have handed
+        over, one row or as many as run."""
+        shared, rest = shared or {}, self.anatomy.rest
+        carried = {j: shared[f"rest {j}"][0] for j in range(len(rest or ())) if f"rest {j}" in shared}
+        rest = None if rest is None else tuple(carried.get(j, value) for j, value in enumerate(rest))
 
         def fill(pool: dict, n: int) -> None:
-            for name, pair in (shared or {}).items():
-                pool[name] = tuple(t if t.shape[0] == n else t.expand(n, *t.shape[1:]) for t in pair)
+            for name, pair in shared.items():
+                if not name.startswith("rest "):
+                    pool[name] = tuple(t if t.shape[0] == n else t.expand(n, *t.shape[1:]) for t in pair)
 
-        with bypassing(self.blocks[:upto], self.anatomy.rest, fill):
-            yield
+        before, self._injecting = self._injecting, True
+        try:
+            with bypassing(self.blocks[:upto], rest, fill):
+                yield
+        finally:
+            self._injecting = before
+
+    def joining(self, layer: int, old: int, fresh: SharedKV) -> Handle:
+        """Hook that puts `fresh`, what newcomers at `layer` would have been handed over (see Reading.shared), behind that of the
+        first `old` rows."""
+        carried = self.anatomy.carried[layer] if layer < self.n_layers else {}
+
+        def behind(mine: Tensor, new: Tensor) -> Tensor:
+            if not old:
+                return new
+            return torch.cat([mine[:old].expand(old, *mine.shape[1:]), new.to(mine.device)])
+
+        def change(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            pool = kwargs.get("shared_kv_states")
+            for name, tensors in fresh.items():
+                if not name.startswith("rest "):
+                    pool[name] = tuple(behind(m, f) for m, f in zip(pool.get(name, tensors), tensors, strict=True))
+
+            def grow(path: tuple, t: Tensor) -> Tensor:
+                name = f"rest {carried[path]}" if path in carried else ""
+                return behind(t, fresh[name][0]) if name in fresh else t
+
+            rest, named = map_tensors(grow, (args[1:], {k: v for k, v in kwargs.items() if k != "shared_kv_states"}))
+            return (args[0], *rest), {**kwargs, **named}
+
+        return on_arguments(self.blocks[layer], change)
 
     # ---------------------------------------------------------------------------------------------------------- sites
 
     def at_layer(self, layer: int, change: Change) -> Handle:
         """Hook that passes the residual stream at `layer`, 0…L, through `change`."""
+        if self.layout != (-3, -2):
+            change = self._in_order(change)
         if layer < self.n_layers:
             return on_input(self.blocks[layer], change)
         return on_output(self.blocks[-1], change)
+
+    def _in_order(self, change: Change) -> Change:
+        """`change`, which takes [..., batch, pos, d_model], for a model that has streams behind these axes (DeepSeek-V4)."""
+
+        def moved(x: Tensor) -> Tensor | None:
+            new = change(x.movedim(self.layout, (-3, -2)))
+            return None if new is None else new.movedim((-3, -2), self.layout).contiguous()  # DeepSeek-V4 takes views of it
+
+        return moved
 
     def writer(self, site: Site) -> Writer:
         """The module that writes `site` (attn_out.b, mlp_out.b). SiteError if block b has no such writer."""
@@ -196,6 +305,15 @@ class Engine:
             def note(args: tuple, kwargs: dict) -> None:
                 shared[layer] = dict(kwargs.get("shared_kv_states") or {})
 
+                def take(path: tuple, t: Tensor) -> Tensor:
+                    if (j := self.anatomy.carried[layer].get(path)) is not None:
+                        one = t.shape[0] == 1 < len(ids)  # the same for all rows
+                        shared[layer][f"rest {j}"] = (t.expand(len(ids), *t.shape[1:]) if one else t,)
+                    return t
+
+                if self.anatomy.carried[layer]:
+                    map_tensors(take, (args[1:], {k: v for k, v in kwargs.items() if k != "shared_kv_states"}))
+
             def keep_it(x: Tensor) -> None:
                 h[layer] = x
 
@@ -218,8 +336,10 @@ class Engine:
         """Hook that gives `block` the first n rows of its other arguments (masks, positions, rotary tables, …)."""
         axes = self.anatomy.batch_axes or {}
 
+        carried = self.anatomy.carried[block]  # these come from the block before, with as many rows as it ran
+
         def cut(path: tuple, t: Tensor) -> Tensor:
-            axis, each = axes.get((block, *path), (None, 1))
+            axis, each = axes.get((block, *path), (None, 1)) if path not in carried else (None, 1)
             return t if axis is None else t.narrow(axis, 0, n * each)
 
         def change(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -228,11 +348,55 @@ class Engine:
 
         return on_arguments(self.blocks[block], change)
 
+    def own_logits(self, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
+        """The model's logits when nothing but the tokens is said to it."""
+        given = self.given.inputs(len(ids)) if isinstance(self.given, Encoded) else {}
+        return self.model(**{"decoder_input_ids" if self.encodes else "input_ids": ids}, **given, use_cache=False).logits
+
+    @torch.no_grad()
+    def _measure_first_position(self) -> int:
+        """The number that the model itself gives to a prompt's first position: 0, but 2 in RoBERTa (its padding id, and one)."""
+        if not self.anatomy.takes_positions:
+            return 0
+        config = self.config.get_text_config(decoder=True)
+        pad = getattr(config, "pad_token_id", None)
+        ids = torch.arange(1, 7, device=self.device).remainder(config.vocab_size)
+        ids = ids[ids != (-1 if pad is None else pad)].unsqueeze(0)
+        own, best = self.own_logits(ids), (float("inf"), 0)
+        for first in dict.fromkeys((0, 1, 2, 1 + pad if isinstance(pad, int) and pad >= 0 else 0)):
+            self.first_position = first
+            try:
+                off = float((self.forward(ids) - own).abs().max() / own.abs().max())
+            except (IndexError, RuntimeError):  # beyond the table of positions
+                continue
+            if off < 1e-6:
+                return first
+            best = min(best, (off, first))
+        return best[1]
+
+    @torch.no_grad()
+    def _measure_layout(self) -> tuple[int, int]:
+        """The axes of batch and position in what the first block gets: −3 and −2 nearly everywhere."""
+        shapes: list[torch.Size] = []
+        look = on_arguments(self.blocks[0], lambda args, _kw: shapes.append(args[0].shape))
+        for rows, length in ((1, 1), (2, 3)):
+            with hooked([look]):
+                self.forward(torch.zeros(rows, length, dtype=torch.long, device=self.device))
+        one, other = shapes
+        axes = [next((k - len(one) for k, x in enumerate(one) if x == 1 and other[k] == size), None) for size in (2, 3)]
+        return (axes[0], axes[1]) if axes[0] is not None and axes[1] is not None else (-3, -2)
+
     def _measure_batch_axes(self) -> dict[tuple, tuple[int, int]] | None:
         for prefix in (2, 0):  # Mamba-1 refuses a mask longer than the chunk
             try:
                 return measure_batch_axes({n: self._argument_shapes(n, prefix) for n in (2, 3)})
-            except (RuntimeError, ValueError, TypeError, IndexError):  # a model may object in its own way; then without a prefix
+            except (
+                RuntimeError,
+                ValueError,
+                TypeError,
+                LookupError,
+                AttributeError,
+            ):  # a model may object in its own way; then without a prefix
                 continue
         return None
 

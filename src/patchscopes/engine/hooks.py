@@ -114,7 +114,7 @@ def on_output(module: nn.Module, change: Change) -> Handle:
         new = None if value is None else change(value)
         if new is None:
             return None
-        return (new, *out[1:]) if isinstance(out, tuple) else new
+        return type(out)([new, *out[1:]]) if isinstance(out, (tuple, list)) else new
 
     return Handle(lambda: module.register_forward_hook(hook))
 
@@ -144,8 +144,8 @@ def on_read(module: nn.Module, change: Change) -> Handle:
 
 
 def first_tensor(out: Any) -> Tensor | None:
-    """A tensor, or the first entry of a tuple if that is one."""
-    if isinstance(out, tuple) and out:
+    """A tensor, or the first entry of a tuple or list if that is one."""
+    if isinstance(out, (tuple, list)) and out:
         out = out[0]
     return out if isinstance(out, Tensor) else None
 

@@ -30,7 +30,7 @@ from patchscopes.core.edits import Write, written
 from patchscopes.core.sites import Site
 from patchscopes.engine.caches import fork, splice
 from patchscopes.engine.engine import Engine, Reading, SharedKV
-from patchscopes.engine.hooks import Handle, hooked, on_arguments
+from patchscopes.engine.hooks import Handle, hooked
 
 Route = Literal["stairs", "whole", "hooks"]
 ROUTES: tuple[Route, ...] = ("stairs", "whole", "hooks")
@@ -80,8 +80,7 @@ class Stem:
         self.start = min(row.position for row in rows)
         if len(targets) > 1:  # texts differ from somewhere on; the prefix must not reach that far
             self.start = min(self.start, _common_prefix(targets))
-        if route != "stairs":
-            self.start = 0
+        self.start = engine.start(targets, self.start) if route == "stairs" else 0
         self.prefix = engine.new_cache() if self.start or caching else None
         self.base_cache: Any = None
         self.base: Reading | None = None
@@ -143,13 +142,7 @@ class Stem:
         def share(layer: int) -> Handle:
             old = 0 if layer == first else present[layer - 1]
 
-            def change(_args: tuple, kwargs: dict) -> None:
-                pool: SharedKV = kwargs["shared_kv_states"]
-                for name, unedited in base.shared[layer].items():
-                    fresh = tuple(t.index_select(0, target_of[old : present[layer]].to(t.device)) for t in unedited)
-                    pool[name] = tuple(torch.cat([m[:old], f]) for m, f in zip(pool[name], fresh, strict=True)) if old else fresh
-
-            return on_arguments(engine.blocks[layer], change)
+            return engine.joining(layer, old, _rows_of_shared(base.shared[layer], target_of[old : present[layer]]))
 
         def inside(site: Site) -> Handle:
             def change(x: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ class Model:
         self.name, self.revision = name, revision
         self.engine = Engine(hf)
         self.capabilities: Capabilities = checked(self.engine, self.dtype)
+        self.capabilities.require("own_pass", "reading and patching")
 
     def __repr__(self) -> str:
         parameters = sum(p.numel() for p in self.hf.parameters())
@@ -62,7 +63,7 @@ class Model:
     @cached_property
     def d_model(self) -> int:
         """Width of the residual stream."""
-        return int(self.engine.config.get_text_config(decoder=True).hidden_size)
+        return self.engine.d_model
 
     @property
     def vocab(self) -> int:
