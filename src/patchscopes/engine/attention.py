@@ -47,6 +47,7 @@ def attend(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     position_bias: Tensor | None = None,
     **_kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -55,7 +56,7 @@ def attend(
     Returns z [batch, q, head, d_head] and the pattern [batch, head, q, k].
     """
     z, pattern = attend_tapped(
-        getattr(module, SLOT, None), query, key, value, attention_mask, scaling, softcap, s_aux, position_bias
+        getattr(module, SLOT, None), query, key, value, attention_mask, scaling, softcap, s_aux if sinks is None else sinks, position_bias
     )
     return z.transpose(1, 2).contiguous(), pattern
 
@@ -68,7 +69,7 @@ def attend_tapped(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
-    s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     position_bias: Tensor | None = None,
 ) -> tuple[Float[Tensor, "batch head q d_v"], Float[Tensor, "batch head q k"]]:
     """z and the pattern, with everything shown to `tap` on the way."""
@@ -85,7 +86,7 @@ def attend_tapped(
                 scores = scores + bias[..., : scores.shape[-1]]
     if tap is not None:
         scores = tap.edges("scores", scores)
-    pattern = _softmax(scores, s_aux).to(query.dtype)
+    pattern = _softmax(scores, sinks).to(query.dtype)
     if tap is not None:
         pattern = tap.edges("pattern", pattern)
     z = mix(pattern, value)
@@ -110,7 +111,9 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
     kind = torch.promote_types(scores.dtype, torch.float32)
     if sinks is None:
         return scores.softmax(-1, dtype=kind)
-    column = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+    if sinks.ndim < 4:  # one a head (gpt-oss), or one for each query (Inkling-2)
+        sinks = sinks.reshape(1, -1, 1, 1)
+    column = sinks.expand(scores.shape[0], -1, scores.shape[2], 1)
     return torch.cat([scores, column.to(scores)], -1).softmax(-1, dtype=kind)[..., :-1]
 
 

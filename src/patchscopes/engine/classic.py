@@ -10,7 +10,7 @@ Heads may be an axis of their own, [batch, head, …], or fused with the batch, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -85,23 +85,20 @@ def _as_attend(
     return attend_tapped(tap, query, key, value, attn_mask, scale)[0]
 
 
-def count_heads(model: Any, modules: Mapping[int, nn.Module], forward: Callable[[], Any]) -> dict[int, int]:
-    """Heads of the blocks whose modules attend in this way."""
-    found: dict[int, int] = {}
+def count_heads(model: Any, module: nn.Module, forward: Callable[[], Any]) -> int:
+    """Heads of a module that attends in this way; 0 if it does not."""
+    seen: dict[str, int] = {}
 
     class Look:
-        def __init__(self, block: int):
-            self.block, self.scores = block, 0
-
         def heads(self, name: str, value: Tensor) -> Tensor:
-            if name == "z" and self.scores == value.shape[1]:
-                found[self.block] = self.scores
+            seen[name] = value.shape[1]
             return value
 
-        def edges(self, _name: str, value: Tensor) -> Tensor:
-            self.scores = value.shape[1]
-            return value
+        edges = heads
 
-    with switched(model), hooked(at_products(module, Look(b)) for b, module in modules.items()):
-        forward()
-    return found
+    with switched(model), hooked([at_products(module, Look())]):
+        try:
+            forward()
+        except (RuntimeError, IndexError):  # products of other shapes than attention has
+            return 0
+    return seen["scores"] if "scores" in seen and seen.get("z") == seen["scores"] else 0

@@ -232,6 +232,10 @@ class Engine:
             return on_input(self.blocks[layer], change)
         return on_output(self.blocks[-1], change)
 
+    def rows_and_columns(self, x: Tensor) -> tuple[int, int]:
+        """How many rows and positions a block's hidden state has."""
+        return x.shape[self.layout[0]], x.shape[self.layout[1]]
+
     def _in_order(self, change: Change) -> Change:
         """`change`, which takes [..., batch, pos, d_model], for a model that has streams behind these axes (DeepSeek-V4)."""
 

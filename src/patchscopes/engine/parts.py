@@ -4,7 +4,8 @@
                 residual writer. What it reads is attn_in.
     attn_norm   the module whose output attn_in is, if it divides by a scale of what it reads:
                 out = w · (x − mean) / s + c,  s = sqrt(variance + eps)  (LayerNorm), or without the mean and c (RMSNorm)
-    heads_out   the last linear map inside the attention: z · W_O
+    heads_out   the last linear map inside the attention, z · W_O, if what it says is what the first writer adds, as it is or
+                through a norm (attn_post)
     mlp         the module whose output the second writer writes; its last linear map reads the neurons
     gated_norm  the module inside a state-space mixer that reads the scan's output and a gate
     router      the module that computes one logit for each expert;  experts  the module called with (x, indices, weights)
@@ -28,6 +29,7 @@ from patchscopes.engine.classic import count_heads
 from patchscopes.engine.hooks import Handle, first_input, first_tensor, hooked, on_arguments
 from patchscopes.engine.state_space import sites_of
 
+OURS = {torch.bfloat16: 6e-2, torch.float16: 2e-2}  # how far our attention function may be from the model's own; else 1e-4
 FITS = 1e-4  # relative error below which a module is what its formula says
 
 
@@ -98,16 +100,22 @@ class _Seen:
 
 
 @torch.no_grad()
-def find_parts(model: Any, anatomy: Anatomy, forward: Callable[[], Any]) -> AllParts:
-    """The parts of a model. `forward` runs it on some tokens."""
+def find_parts(model: Any, anatomy: Anatomy, forward: Callable[[], Tensor]) -> AllParts:
+    """The parts of a model. `forward` runs it on some tokens and gives the logits."""
     blocks = anatomy.blocks
-    seen, asked = _watch(model, forward)
+    plain = forward()
+    seen, asked, through_ours = _watch(model, forward)
+    off = float((through_ours - plain).float().abs().max() / plain.float().abs().max())
+    ours = off <= OURS.get(plain.dtype, 1e-4)  # not so where sparse attention (DeepSeek-V3.2) chooses keys by the form of the mask
     inside = [_inside(block, path, seen) for block, path in ((b, f"{anatomy.blocks_path}.{i}.") for i, b in enumerate(blocks))]
-    parts = [_parts_of(inside[b], asked, anatomy.writers[b]) for b in range(len(blocks))]
-    classic = [b for b, p in enumerate(parts) if not p.heads and p.attention is not None]
-    if classic:
-        counts = count_heads(model, {b: parts[b].attention for b in classic}, forward)  # type: ignore[arg-type]
-        parts = [replace(p, heads=p.heads or counts.get(b, 0)) for b, p in enumerate(parts)]
+    parts = [_parts_of(inside[b], asked if ours else {}, anatomy.writers[b]) for b in range(len(blocks))]
+    for b, p in enumerate(parts):  # attention in the model's own code: in the module found, or in one of the block's children
+        children = [one.module for one in inside[b] if "." not in one.path]
+        for module in [p.attention] if p.attention is not None else children:
+            heads = count_heads(model, module, forward) if ours and not p.heads else 0
+            if heads:
+                parts[b] = replace(p, attention=module, heads=heads)
+                break
     for b, p in enumerate(parts):
         if p.attention is not None and not p.heads:
             parts[b] = replace(p, state_space=sites_of(p.attention, p.gated_norm, forward))
@@ -119,8 +127,9 @@ def find_parts(model: Any, anatomy: Anatomy, forward: Callable[[], Any]) -> AllP
     )
 
 
-def _watch(model: Any, forward: Callable[[], Any]) -> tuple[list[_Seen], dict[nn.Module, int]]:
-    """All modules in the order in which they begin, with copies of what they read and wrote; and which asked for attention."""
+def _watch(model: Any, forward: Callable[[], Tensor]) -> tuple[list[_Seen], dict[nn.Module, int], Tensor]:
+    """All modules in the order in which they begin, with copies of what they read and wrote; which asked for attention, and for how
+    many heads; and the logits that came of it."""
     seen: list[_Seen] = []
     open_: list[_Seen] = []
     asked: dict[nn.Module, int] = {}
@@ -156,11 +165,11 @@ def _watch(model: Any, forward: Callable[[], Any]) -> tuple[list[_Seen], dict[nn
         for _, module in modules:
             setattr(module, SLOT, Asked(module))
         with switched(model), hooked(h for path, module in modules for h in watch(path, module)):
-            forward()
+            logits = forward()
     finally:
         for _, module in modules:
             module.__dict__.pop(SLOT, None)
-    return seen, asked
+    return seen, asked, logits
 
 
 def _inside(block: nn.Module, path: str, seen: Sequence[_Seen]) -> list[_Seen]:
@@ -186,7 +195,10 @@ def _parts_of(inside: list[_Seen], asked: Mapping[nn.Module, int], writers: Sequ
     if attention is not None:
         linear = [o for o in inside if o.path.startswith(f"{attention.path}.") and _is_linear(o)]
         heads_out = linear[-1] if linear else None
-    post = as_norm(first) if first is not None and heads_out is not None and not _same(first.wrote, heads_out.wrote) else None
+    post = None
+    if first is not None and heads_out is not None and not _same(first.wrote, heads_out.wrote):
+        post = as_norm(first) if _same(first.read, heads_out.wrote) else None
+        heads_out = heads_out if post is not None else None  # what the writer adds is not (only) what the heads say (Falcon-H1)
     second = of.get(writers[1].module) if len(writers) > 1 else None
     mlp, down = _mlp(inside, second, attention)
     router, experts = _mixture(inside)

@@ -42,6 +42,7 @@ from patchscopes.engine.parts import Norm, Parts
 from patchscopes.engine.state_space import at_state_space
 
 ATTENDED = ("q", "k", "v", "z", *EDGES)
+BEFORE_THE_REST = ("head_out", "final_scale")  # changes of a module's output that `attn_out` and `final_norm` are to see
 
 
 class Current:
@@ -69,7 +70,8 @@ def at_sites(engine: Engine, changes: Mapping[Site, Change], current: Current | 
 
         handles += [enter(b) for b in range(engine.n_layers)]
     taps: dict[nn.Module, _Tap] = {}
-    for site, change in changes.items():
+    for site in sorted(changes, key=lambda site: site.name not in BEFORE_THE_REST):
+        change = changes[site]
         if site.name in ("resid", "attn_out", "mlp_out"):
             handles.append(engine.at_site(site, change))
         elif site.name in ("embed", "final_norm", "final_scale", "logits"):
@@ -216,15 +218,15 @@ def _why(engine: Engine, site: Site, parts: Parts) -> str:
 
 def _shaped(engine: Engine, block: int, hook: Any, change: Change) -> Handle:
     """Passes on [batch, pos, width], also where the model runs all tokens in one row."""
-    shape: list[torch.Size] = []
+    shape: list[tuple[int, int]] = []
 
     def shaped(x: Tensor) -> Tensor | None:
         if x.ndim > 2:
             return change(x)
-        new = change(x.reshape(*shape[-1][-3:-1], -1))
+        new = change(x.reshape(*shape[-1], -1))
         return None if new is None else new.reshape(x.shape)
 
-    return all_of(on_arguments(engine.blocks[block], lambda args, _kw: shape.append(args[0].shape)), hook(shaped))
+    return all_of(on_arguments(engine.blocks[block], lambda args, _kw: shape.append(engine.rows_and_columns(args[0]))), hook(shaped))
 
 
 def _at_scale(norm: Norm, change: Change) -> Handle:
@@ -261,14 +263,15 @@ def _at_router(parts: Parts, change: Change) -> Handle:
 def _at_experts(engine: Engine, block: int, experts: nn.Module, change: Change) -> Handle:
     """Experts are called with (x [row, d], indices [row, k], weights [row, k]) and give [row, d]."""
     count = next(p.shape[0] for p in experts.parameters())
-    shape: list[torch.Size] = []
+    shape: list[tuple[int, int]] = []
 
     def hook(_module: nn.Module, args: tuple, out: Any) -> Any:
         x, indices, weights = args[:3]
         weights = weights if weights.shape == indices.shape else weights.gather(-1, indices)
-        ones = torch.ones(len(x), 1, dtype=weights.dtype, device=x.device)
-        said = torch.stack([_forced(experts, args, torch.full_like(indices[:, :1], e), ones) for e in range(count)], 1)
-        value = said.unflatten(0, tuple(shape[-1][-3:-1]))
+        first = torch.zeros_like(weights)
+        first[:, 0] = 1
+        said = torch.stack([_forced(experts, args, torch.full_like(indices, e), first) for e in range(count)], 1)
+        value = said.unflatten(0, shape[-1])
         new = change(value)
         if new is None:
             return None
@@ -276,7 +279,7 @@ def _at_experts(engine: Engine, block: int, experts: nn.Module, change: Change) 
         moved = out + ((new - value).flatten(0, 1) * given[..., None].to(new)).sum(1)
         return moved.to(out.dtype)
 
-    note = on_arguments(engine.blocks[block], lambda args, _kw: shape.append(args[0].shape))
+    note = on_arguments(engine.blocks[block], lambda args, _kw: shape.append(engine.rows_and_columns(args[0])))
     return all_of(note, Handle(lambda: experts.register_forward_hook(hook)))
 
 

@@ -35,8 +35,8 @@ def at_state_space(engine: Engine, site: Site, change: Change) -> Handle:
     parts = engine.parts.blocks[site.index]
     if parts.attention is None or site.name not in parts.state_space:
         raise SiteError(f"site {site} is not on this model: block {site.index} has no state-space mixer in which it was seen")
-    size: list[torch.Size] = []
-    note = on_arguments(engine.blocks[site.index], lambda args, _kw: size.append(args[0].shape[-3:-1]))
+    size: list[tuple[int, int]] = []
+    note = on_arguments(engine.blocks[site.index], lambda args, _kw: size.append(engine.rows_and_columns(args[0])))
     return all_of(note, seen(parts.attention, parts.gated_norm, site.name, lambda x: _by_position(change, x, *size[-1])))
 
 
