@@ -2,3 +2,8 @@
 
 Nothing here asserts a time. Ratios are medians over repetitions in which all contestants take turns on the same work.
 """
+
+from patchscopes.bench.bench import CONTESTANTS, bench
+from patchscopes.bench.parts import PARTS, Settings
+
+__all__ = ["CONTESTANTS", "PARTS", "Settings", "bench"]

@@ -124,7 +124,8 @@ def floor(shape: Shape, work: Work, said: Sequence[int] | None = None) -> Floor:
 
     def run(b: int, start: int, end: int) -> Flops:
         return Flops(
-            2 * blocks[b].weights * (end - start), sum(blocks[b].attention(q + 1) for q in range(start, end)) if end > start else 0
+            2 * blocks[b].weights * (end - start),
+            sum(blocks[b].attention(q + 1) for q in range(start, end)) if end > start else 0,
         )
 
     base = sum((run(b, 0, length) for b in range(len(blocks))), unembed)
@@ -180,7 +181,9 @@ def _filled_cache(engine: Engine) -> list[Any]:
 def _block(block: nn.Module, cache: Any, config: Any) -> BlockShape:
     keys, values = getattr(cache, "keys", None), getattr(cache, "values", None)
     has = isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and keys.ndim == 4
-    heads, kv_heads, d_qk, d_v = (config.num_attention_heads, keys.shape[1], keys.shape[-1], values.shape[-1]) if has else (0,) * 4  # type: ignore[union-attr]
+    heads, kv_heads, d_qk, d_v = (
+        (config.num_attention_heads, keys.shape[1], keys.shape[-1], values.shape[-1]) if has else (0,) * 4
+    )  # type: ignore[union-attr]
     return BlockShape(
         active_weights(block, config), _n_bytes(block), heads, kv_heads, d_qk, d_v, getattr(cache, "sliding_window", None)
     )
@@ -194,7 +197,14 @@ def active_weights(block: nn.Module, config: Any) -> float:
         if isinstance(module, nn.Embedding):
             continue
         parts = path.split(".")
-        numbered = next((block.get_submodule(".".join(parts[: i + 1])) for i, (a, b) in enumerate(pairwise(parts)) if a == "experts" and b.isdigit()), None)
+        numbered = next(
+            (
+                block.get_submodule(".".join(parts[: i + 1]))
+                for i, (a, b) in enumerate(pairwise(parts))
+                if a == "experts" and b.isdigit()
+            ),
+            None,
+        )
         for name, p in module.named_parameters(recurse=False):
             if "bias" in name or isinstance(module, (nn.Conv1d, nn.Conv2d)):
                 continue

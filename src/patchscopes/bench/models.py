@@ -20,7 +20,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from patchscopes.core.errors import UnknownName
 from patchscopes.engine.engine import Engine
 
-FORMS = "gpt2-small, gpt2:LAYERSxWIDTH, llama:SIZE (160m, 1b), llama:LAYERSxWIDTH, a bundled model, a folder, or a Hugging Face id"
+FORMS = (
+    "gpt2-small, gpt2:LAYERSxWIDTH, llama:SIZE (160m, 1b), llama:LAYERSxWIDTH, a bundled model, a folder, or a Hugging Face id"
+)
 UNITS = {"k": 1e3, "m": 1e6, "b": 1e9}
 LLAMA_VOCAB = 32000
 STD = 0.02  # of random weights; as these architectures are initialised
