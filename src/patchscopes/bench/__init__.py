@@ -3,7 +3,7 @@
 Nothing here asserts a time. Ratios are medians over repetitions in which all contestants take turns on the same work.
 """
 
-from patchscopes.bench.bench import CONTESTANTS, bench
+from patchscopes.bench.bench import CONTESTANTS, bench, default_parts
 from patchscopes.bench.parts import PARTS, Settings
 
-__all__ = ["CONTESTANTS", "PARTS", "Settings", "bench"]
+__all__ = ["CONTESTANTS", "PARTS", "Settings", "bench", "default_parts"]

@@ -54,7 +54,8 @@ def compare(answer: Answer, reference: Answer, work: Work, ask: Ask, tolerance: 
         if gap <= tolerance:
             ties.append(f"row {row}, token {place}: {said[place]} and {other[place]} are {gap:.1e} of the largest logit apart")
         else:
-            reason = f"row {row} says {said[place]} as its token {place}; the reference says {other[place]}, {gap:.1e} of the largest logit apart"
+            apart = f"{gap:.1e} of the largest logit apart"
+            reason = f"row {row} says {said[place]} as its token {place}; the reference says {other[place]}, {apart}"
     return Agreement(not reason, error, len(common), tuple(ties), reason)
 
 

@@ -14,9 +14,10 @@
 A pass over any number of rows reads each running block's weights once. W_b: bytes of block b, KV_b: bytes of a token's keys and
 values in it. With all rows in one chunk
 
-    B* = Σ_b W_b [base] + Σ_{b ≥ min ℓ*} W_b [rows] + (max m − 1) · (Σ_b W_b + W_head) [decode]
+    B* = Σ_b W_b + W_head [base] + Σ_{b ≥ min ℓ*} W_b + W_head [rows] + (max m − 1) · (Σ_b W_b + W_head) [decode]
          + Σ_r Σ_b KV_b · (T − i*_r + Σ_t min(T + t, window_b))                          [keys and values written and read]
 
+with the head once in each phase, since each unembeds.
 All sizes are measured on the model: weights by their shapes, H_kv, d_qk and d_v in a cache that it filled. Two small savings are
 left out: in the last block only keys and values are needed before the last position, and in the first edited block unedited
 positions need no projections.
@@ -140,7 +141,7 @@ def floor(shape: Shape, work: Work, said: Sequence[int] | None = None) -> Floor:
     decode = sum((n * steps[max(m - 1, 0)] for m, n in Counter(said).items()), Flops())
 
     all_blocks = sum(b.n_bytes for b in blocks)
-    weight_bytes = all_blocks + sum(b.n_bytes for b in blocks[min(work.layers) :])
+    weight_bytes = all_blocks + sum(b.n_bytes for b in blocks[min(work.layers) :]) + 2 * shape.head_bytes
     weight_bytes += (max(said) - 1) * (all_blocks + shape.head_bytes)
     kv = [b.kv_heads * (b.d_qk + b.d_v) * shape.element for b in blocks]
     kv_bytes = sum(

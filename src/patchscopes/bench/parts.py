@@ -110,14 +110,32 @@ def _counted(s: Subject, work: Work, necessary: Floor, flops: int | None, what: 
     goal = FLOPS_GOAL.get(work.tokens, 1.10)
     needed = necessary.flops.total
     figures = [
-        Figure("grid", f"{what}: FLOPs executed / necessary", flops / needed if flops else None, at_most=goal,
-               note=f"{(flops or 0) / 1e9:.3f} of {needed / 1e9:.3f} GFLOP, attention run eagerly"),
-        Figure("grid", f"{what}: token-blocks run / necessary", sum(calls) / blocks if calls else None, note=f"{sum(calls)} of {blocks}"),
-        Figure("grid", f"{what}: weight bytes read / necessary", traffic.weights / necessary.weight_bytes,
-               note=f"{traffic.weights / 1e9:.2f} of {necessary.weight_bytes / 1e9:.2f} GB"),
-        Figure("grid", f"{what}: bytes that operators moved / necessary", traffic.moved / necessary.n_bytes,
-               note=f"{traffic.moved / 1e9:.2f} of {necessary.n_bytes / 1e9:.2f} GB; as if nothing stayed in a cache"),
-    ]  # fmt: skip
+        Figure(
+            "grid",
+            f"{what}: FLOPs executed / necessary",
+            flops / needed if flops else None,
+            at_most=goal,
+            note=f"{(flops or 0) / 1e9:.3f} of {needed / 1e9:.3f} GFLOP, attention run eagerly",
+        ),
+        Figure(
+            "grid",
+            f"{what}: token-blocks run / necessary",
+            sum(calls) / blocks if calls else None,
+            note=f"{sum(calls)} of {blocks}",
+        ),
+        Figure(
+            "grid",
+            f"{what}: weight bytes read / necessary",
+            traffic.weights / necessary.weight_bytes,
+            note=f"{traffic.weights / 1e9:.2f} of {necessary.weight_bytes / 1e9:.2f} GB",
+        ),
+        Figure(
+            "grid",
+            f"{what}: bytes that operators moved / necessary",
+            traffic.moved / necessary.n_bytes,
+            note=f"{traffic.moved / 1e9:.2f} of {necessary.n_bytes / 1e9:.2f} GB; as if nothing stayed in a cache",
+        ),
+    ]
     return figures
 
 
@@ -180,12 +198,17 @@ def stops_part(device: str | None, settings: Settings, found: Found, progress: P
     scores = take_turns(contestants, s, works, count=False, progress=progress, what=what)
     found.scores[what] = {name: plain_score(score, scores["ours"]) for name, score in scores.items()}
     answer, flops = counted_flops(lambda: answer_of(s.engine, works[1]), s.hf)
+    said = statistics.mean(map(len, answer.tokens))
     needed = floor(measure(s.engine), works[1], [min(len(said) + 1, tokens) for said in answer.tokens])
     found.floors[what] = _plain_floor(needed)
     found.figures.append(
-        Figure("stops", f"{what}: FLOPs executed / necessary", flops / needed.flops.total,
-               note=f"{flops / 1e9:.3f} of {needed.flops.total / 1e9:.3f} GFLOP; rows say {statistics.mean(map(len, answer.tokens)):.1f} tokens")
-    )  # fmt: skip
+        Figure(
+            "stops",
+            f"{what}: FLOPs executed / necessary",
+            flops / needed.flops.total,
+            note=f"{flops / 1e9:.3f} of {needed.flops.total / 1e9:.3f} GFLOP; rows say {said:.1f} tokens on average",
+        )
+    )
     found.figures += [_time(what, name, score, scores["ours"], None) for name, score in scores.items() if name != "ours"]
 
 
@@ -216,10 +239,14 @@ def prefix_part(s: Subject, settings: Settings, found: Found, progress: Progress
         pairs = list(zip(times[LONG, call], times[SHORT, call], strict=True))
         medians = [statistics.median(times[n, call]) for n in (LONG, SHORT)]
         found.figures.append(
-            Figure("prefix", f"one-token grid at prefix {LONG} / prefix {SHORT}, a {call} call on a target",
-                   statistics.median(a / b for a, b in pairs), at_most=goal,
-                   note=f"{medians[0]:.3f} s against {medians[1]:.3f} s; the floor's own ratio of FLOPs is {bound[call]:.2f}")
-        )  # fmt: skip
+            Figure(
+                "prefix",
+                f"one-token grid at prefix {LONG} / prefix {SHORT}, a {call} call on a target",
+                statistics.median(a / b for a, b in pairs),
+                at_most=goal,
+                note=f"{medians[0]:.3f} s against {medians[1]:.3f} s; the floor's own ratio of FLOPs is {bound[call]:.2f}",
+            )
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------------ reads
@@ -251,9 +278,14 @@ def reads_part(s: Subject, settings: Settings, found: Found, progress: Progress)
     progress(repeat + 1, repeat + 1, "reads")
     medians = [statistics.median(side) for side in zip(*pairs, strict=True)]
     found.figures.append(
-        Figure("reads", f"a forward with {len(sites)} residual reads / the plain forward", statistics.median(a / b for a, b in pairs),
-               at_most=1.03, note=f"{medians[0]:.4f} s against {medians[1]:.4f} s, {batch} prompts of {ids.shape[1]} tokens")
-    )  # fmt: skip
+        Figure(
+            "reads",
+            f"a forward with {len(sites)} residual reads / the plain forward",
+            statistics.median(a / b for a, b in pairs),
+            at_most=1.03,
+            note=f"{medians[0]:.4f} s against {medians[1]:.4f} s, {batch} prompts of {ids.shape[1]} tokens",
+        )
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- memory
@@ -277,10 +309,14 @@ def memory_part(s: Subject, settings: Settings, found: Found, progress: Progress
     _, activations = peak_bytes(plain, s.device)
     progress(1, 1, "memory")
     found.figures.append(
-        Figure("memory", f"peak of a grid of {_count(tokens)} beyond the weights / (its rows' own keys and values + a batch of activations)",
-               peak / (own + activations), at_most=1.5,
-               note=f"{peak / 2**20:.0f} MiB against {own / 2**20:.0f} + {activations / 2**20:.0f} MiB")
-    )  # fmt: skip
+        Figure(
+            "memory",
+            f"peak of a grid, {_count(tokens)}, beyond the weights / (rows' own keys and values + one batch of activations)",
+            peak / (own + activations),
+            at_most=1.5,
+            note=f"{peak / 2**20:.0f} MiB against {own / 2**20:.0f} + {activations / 2**20:.0f} MiB",
+        )
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- decoding
@@ -290,33 +326,43 @@ def decoding_part(s: Subject, settings: Settings, found: Found, progress: Progre
     """Tokens a second after the first: (rows · (m − 1)) / (time for m tokens − time for one), of the grid and of `generate`."""
     tokens = max(2, *settings.tokens)
     vectors = -(-settings.rows // s.engine.n_layers)
-    sizes = [_first_rows(w, settings.rows) for w in grids(s, settings, prefix=settings.prefix, tokens=tokens, count=settings.repeat + 1, vectors=vectors)]  # fmt: skip
+    works = grids(s, settings, prefix=settings.prefix, tokens=tokens, count=settings.repeat + 1, vectors=vectors)
+    works = [_first_rows(work, settings.rows) for work in works]
     plain = partial(plain_generate, s)
     ours = partial(answer_of, s.engine)
     speeds: dict[Any, list[float]] = {plain: [], ours: []}
-    for n, work in enumerate(sizes):
-        progress(n, len(sizes), "decoding")
+    for n, work in enumerate(works):
+        progress(n, len(works), "decoding")
         one = Work(work.target, work.position, work.layers, work.vectors, 1)
         for say in (plain, ours) if n % 2 else (ours, plain):
             with torch.no_grad():
                 both = [timed(lambda w=w, say=say: say(w), s.device)[1] for w in (one, work)]
             if n:
                 speeds[say].append(len(work.layers) * (tokens - 1) / (both[1] - both[0]))
-    progress(len(sizes), len(sizes), "decoding")
+    progress(len(works), len(works), "decoding")
     ratio = statistics.median(a / b for a, b in zip(speeds[ours], speeds[plain], strict=True))
     per_second = statistics.median(speeds[ours])
-    rows = len(sizes[0].layers)
+    rows = len(works[0].layers)
     found.figures.append(
-        Figure("decoding", f"tokens a second of a grid of {rows} rows / plain generate of as many", ratio, at_least=0.9,
-               note=f"{per_second:.0f} against {statistics.median(speeds[plain]):.0f} tokens a second")
-    )  # fmt: skip
+        Figure(
+            "decoding",
+            f"tokens a second of a grid of {rows} rows / plain generate of as many",
+            ratio,
+            at_least=0.9,
+            note=f"{per_second:.0f} against {statistics.median(speeds[plain]):.0f} tokens a second",
+        )
+    )
     shape = measure(s.engine)
-    moved = _step_bytes(shape, sizes[0])
+    moved = _step_bytes(shape, works[0])
     bandwidth = copy_bandwidth(s.device)
     found.figures.append(
-        Figure("decoding", "share of the memory's bandwidth while decoding one block of rows", moved * per_second / rows / bandwidth,
-               note=f"{moved / 1e9:.2f} GB a step by the floor; a copy moves {bandwidth / 1e9:.0f} GB a second here")
-    )  # fmt: skip
+        Figure(
+            "decoding",
+            "share of the memory's bandwidth while decoding one block of rows",
+            moved * per_second / rows / bandwidth,
+            note=f"{moved / 1e9:.2f} GB a step by the floor; a copy moves {bandwidth / 1e9:.0f} GB a second here",
+        )
+    )
 
 
 def _first_rows(work: Work, n: int) -> Work:

@@ -1,7 +1,8 @@
 """interp-engine: its eager backend (the other ones need vLLM and a GPU), its HookManager writing at the point resid_pre.
 
-Ways to the next token: a batch of all rows, or a batch for each target layer, with the attention that transformers chooses (SDPA). Its `steer` adds and
-projects and does not replace, so rows are written by its hooks. More tokens: transformers' `generate` under the same hooks.
+Ways to the next token: a batch of all rows, or a batch for each target layer, with the attention that transformers chooses (SDPA).
+Its `steer` adds and projects and does not replace, so rows are written by its hooks. More tokens: transformers' `generate` under the
+same hooks.
 """
 
 from serving import rows_by_layer, serve, versions_of
