@@ -42,9 +42,14 @@ class Contestant(Protocol):
     sampled     whether it runs some cells only, its time being scaled
     """
 
-    name: str
-    comparable: bool
-    sampled: bool
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def comparable(self) -> bool: ...  # noqa: D102
+
+    @property
+    def sampled(self) -> bool: ...  # noqa: D102
 
     def variants(self, tokens: int) -> list[str]: ...  # noqa: D102
 

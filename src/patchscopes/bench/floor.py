@@ -25,14 +25,14 @@ positions need no projections.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from patchscopes.bench.work import Work
 from patchscopes.engine.engine import Engine
@@ -180,14 +180,12 @@ def _filled_cache(engine: Engine) -> list[Any]:
 
 
 def _block(block: nn.Module, cache: Any, config: Any) -> BlockShape:
+    heads = kv_heads = d_qk = d_v = 0
     keys, values = getattr(cache, "keys", None), getattr(cache, "values", None)
-    has = isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and keys.ndim == 4
-    heads, kv_heads, d_qk, d_v = (
-        (config.num_attention_heads, keys.shape[1], keys.shape[-1], values.shape[-1]) if has else (0,) * 4
-    )  # type: ignore[union-attr]
-    return BlockShape(
-        active_weights(block, config), _n_bytes(block), heads, kv_heads, d_qk, d_v, getattr(cache, "sliding_window", None)
-    )
+    if isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.ndim == 4:  # a recurrent block has none
+        heads, kv_heads, d_qk, d_v = config.num_attention_heads, keys.shape[1], keys.shape[-1], values.shape[-1]
+    window = getattr(cache, "sliding_window", None)
+    return BlockShape(active_weights(block, config), _n_bytes(block), heads, kv_heads, d_qk, d_v, window)
 
 
 def active_weights(block: nn.Module, config: Any) -> float:
@@ -195,23 +193,16 @@ def active_weights(block: nn.Module, config: Any) -> float:
     active = next((getattr(config, name) for name in ACTIVE_EXPERTS if getattr(config, name, None)), None)
     total = 0.0
     for path, module in block.named_modules():
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, (nn.Embedding, nn.Conv1d, nn.Conv2d)):
             continue
-        parts = path.split(".")
-        numbered = next(
-            (
-                block.get_submodule(".".join(parts[: i + 1]))
-                for i, (a, b) in enumerate(pairwise(parts))
-                if a == "experts" and b.isdigit()
-            ),
-            None,
-        )
+        numbered = re.search(r"^(.*\bexperts)\.\d+\b", path)  # a ModuleList of experts
+        share = active / len(list(block.get_submodule(numbered[1]).children())) if numbered and active else 1
         for name, p in module.named_parameters(recurse=False):
-            if "bias" in name or isinstance(module, (nn.Conv1d, nn.Conv2d)):
+            if "bias" in name:
                 continue
             if p.ndim == 2:
-                total += p.numel() * (active / len(list(numbered.children())) if numbered is not None and active else 1)
-            elif p.ndim == 3 and active:
+                total += p.numel() * share
+            elif p.ndim == 3 and active:  # all experts in one parameter
                 total += p.numel() * active / p.shape[0]
     return total
 

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
 WORDS = 600  # of an error message
 
@@ -42,7 +43,7 @@ def _answer(asked, load, state):
         state.update(hf=hf, ways={**one, **many}, device=device)
         versions = {"torch": torch.__version__, **versions}
         return {"versions": versions, "variants": {"1": list(one), "many": list(many)}}
-    work = {name: t.to(state["device"]) for name, t in load_file(asked["work"]).items()}
+    work: dict[str, Any] = {name: t.to(state["device"]) for name, t in load_file(asked["work"]).items()}
     for name in ("position", "tokens"):
         work[name] = int(work[name])
     work["layers"] = work["layers"].tolist()

@@ -5,6 +5,8 @@ Its `steer` adds and projects and does not replace, so rows are written by its h
 same hooks.
 """
 
+from typing import Any
+
 from serving import rows_by_layer, serve, versions_of
 
 
@@ -14,7 +16,7 @@ def load(folder, blocks_path, device):
     from interp_engine import EagerModel, HookManager  # pyright: ignore[reportMissingImports]
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    hf = AutoModelForCausalLM.from_pretrained(folder).to(device).eval().requires_grad_(False)
+    hf: Any = AutoModelForCausalLM.from_pretrained(folder).to(device).eval().requires_grad_(False)
     model = EagerModel(folder, device=str(device), hf_model=hf, tokenizer=AutoTokenizer.from_pretrained(folder))
 
     def writing(manager, work, layers):

@@ -5,6 +5,8 @@ batch; a trace for each target layer; and a trace for each target layer that ski
 unpatched trace. More tokens: one `generate` over a batch of all rows, edited in its first pass.
 """
 
+from typing import Any
+
 from serving import rows_by_layer, serve, versions_of
 
 
@@ -14,7 +16,7 @@ def load(folder, blocks_path, device):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    hf = AutoModelForCausalLM.from_pretrained(folder).to(device).eval().requires_grad_(False)
+    hf: Any = AutoModelForCausalLM.from_pretrained(folder).to(device).eval().requires_grad_(False)
     model = nnsight.TransformersModel(hf, tokenizer=AutoTokenizer.from_pretrained(folder))
     blocks = model
     for name in blocks_path.split("."):

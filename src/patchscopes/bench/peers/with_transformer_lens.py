@@ -5,6 +5,8 @@ nothing.) More tokens: the bridge's own `generate` and transformers' `generate`,
 eagerly, always.
 """
 
+from typing import Any
+
 from serving import rows_by_layer, serve, versions_of
 
 
@@ -14,7 +16,7 @@ def load(folder, blocks_path, device):
     from transformer_lens.model_bridge import TransformerBridge  # pyright: ignore[reportMissingImports]
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    hf = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").to(device).eval().requires_grad_(False)
+    hf: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").to(device).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     bridge = TransformerBridge.boot_transformers(folder, hf_model=hf, tokenizer=tokenizer, device=device)
 
