@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import platform
 from dataclasses import asdict, dataclass
@@ -85,8 +86,8 @@ def document(
     scores: dict[str, Any],
     floors: dict[str, Any],
 ) -> dict[str, Any]:
-    """Everything as one document."""
-    return {
+    """Everything as one document. What is no number (NaN, infinity) is null."""
+    found = {
         "format": FORMAT,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": model,
@@ -97,6 +98,15 @@ def document(
         "contestants": scores,
         "floor": floors,
     }
+    return _plain(found)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cpu_name() -> str:

@@ -139,7 +139,8 @@ def show(document: dict[str, Any]) -> None:
     for line in (_model(document["model"]), in_words(document["machine"]), *_agreements(document["contestants"])):
         console.print(Text(line))
     goals = [f.reached for f in figures if f.reached is not None]
-    console.print(Text(f"{sum(goals)} of {len(goals)} goals that could be measured are reached."))
+    if goals:
+        console.print(Text(f"{sum(goals)} of {len(goals)} goals that could be measured are reached."))
 
 
 def _agreements(contestants: dict[str, Any]) -> list[str]:
@@ -148,7 +149,7 @@ def _agreements(contestants: dict[str, Any]) -> list[str]:
     for what, scores in contestants.items():
         compared = {name: s["agreement"] for name, s in scores.items() if s["agreement"] is not None}
         wrong = [name for name, a in compared.items() if not a["ok"]]
-        error = max((a["error"] for a in compared.values()), default=0.0)
+        error = max((a["error"] for a in compared.values() if a["error"] is not None), default=0.0)
         ties = [f"{name}: {tie}" for name, a in compared.items() for tie in a["ties"]]
         verdict = f"disagreeing: {', '.join(wrong)}" if wrong else "all say the same"
         some = f"; {len(ties)} ties, such as {ties[0]}" if ties else ""
@@ -157,7 +158,9 @@ def _agreements(contestants: dict[str, Any]) -> list[str]:
 
 
 def _ratio(figure: Figure) -> str:
-    return "" if figure.value is None else f"{figure.value:.3g}" if figure.value < 10 else f"{figure.value:.1f}"
+    if figure.value is None:
+        return ""
+    return f"{figure.value:.{3 if figure.value < 2 else 2 if figure.value < 10 else 1}f}"
 
 
 def _model(m: dict[str, Any]) -> str:
