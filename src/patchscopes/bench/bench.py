@@ -44,7 +44,7 @@ def bench(
             ]
     for part in parts:
         if part in OWN_PARTS:
-            OWN_PARTS[part](s, settings, found, progress)
+            OWN_PARTS[part](s.anew(), settings, found, progress)
         elif part == "stops":
             stops_part(device, settings, found, progress)
     return document(

@@ -82,13 +82,14 @@ class Local:
     def run(self, work: Work, variant: str) -> tuple[Answer, float]:
         """The answer, and seconds for the whole grid."""
         rows = self._rows(work)
-        answer, seconds = timed(lambda: self._say(work, rows, variant), self.subject.device)
+        answer, seconds = timed(lambda: self._say(self.subject, work, rows, variant), self.subject.device)
         return answer, seconds * len(work.layers) / len(rows)
 
     def flops(self, work: Work, variant: str) -> int | None:
-        """FLOPs of the whole grid."""
+        """FLOPs of the whole grid, as a first call on its target."""
         rows = self._rows(work)[:1] if self.sampled else self._rows(work)  # cells alone cost the same
-        _, flops = counted_flops(lambda: self._say(work, rows, variant), self.subject.hf)
+        fresh = self.subject.anew()
+        _, flops = counted_flops(lambda: self._say(fresh, work, rows, variant), fresh.hf)
         return flops * len(work.layers) // len(rows)
 
     def close(self) -> None:
@@ -100,9 +101,9 @@ class Local:
             return list(range(n))
         return [i * n // self.alone for i in range(self.alone)]
 
-    def _say(self, work: Work, rows: list[int], variant: str) -> Answer:
+    def _say(self, subject: Subject, work: Work, rows: list[int], variant: str) -> Answer:
         with torch.no_grad():
-            answer = self.ways[variant](self.subject, work.part(rows) if len(rows) < len(work.layers) else work)
+            answer = self.ways[variant](subject, work.part(rows) if len(rows) < len(work.layers) else work)
         return Answer(rows, answer.logits, answer.tokens)
 
 

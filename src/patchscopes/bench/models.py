@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,10 @@ class Subject:
     def dtype(self) -> torch.dtype:
         """Of its weights."""
         return next(self.hf.parameters()).dtype
+
+    def anew(self) -> Subject:
+        """The same model with an engine that remembers nothing of earlier targets."""
+        return replace(self, engine=Engine(self.hf, self.device))
 
     def save(self, folder: Path) -> None:
         """As a Hugging Face folder, for processes that cannot share memory."""

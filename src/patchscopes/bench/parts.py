@@ -69,7 +69,9 @@ class Found:
     floors: dict[str, Any] = field(default_factory=dict)
 
 
-def grids(s: Subject, settings: Settings, *, prefix: int, tokens: int, count: int, vectors: int | None = None) -> list[Work]:
+def grids(
+    s: Subject, settings: Settings, *, prefix: int, tokens: int, count: int, vectors: int | None = None, seed: int | None = None
+) -> list[Work]:
     """`count` grids of one size, each with its own target and vectors. InputError if they do not fit the model's context."""
     length = prefix + settings.suffix + tokens
     if s.engine.context is not None and length > s.engine.context:
@@ -80,7 +82,10 @@ def grids(s: Subject, settings: Settings, *, prefix: int, tokens: int, count: in
     make = partial(
         grid, s.engine.n_layers, s.d_model, s.engine.vocab, prefix=prefix, suffix=settings.suffix, tokens=tokens, device=s.device
     )
-    return [make(vectors=vectors or settings.vectors, seed=settings.seed + 1000 * n + prefix, like=s.dtype) for n in range(count)]
+    return [
+        make(vectors=vectors or settings.vectors, seed=settings.seed + 1000 * n + prefix + 10**6 * tokens, like=s.dtype)
+        for n in range(count)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------------- grid
@@ -101,9 +106,10 @@ def grid_part(s: Subject, contestants: Sequence[Contestant], settings: Settings,
 
 
 def _counted(s: Subject, work: Work, necessary: Floor, flops: int | None, what: str) -> list[Figure]:
-    _, traffic = counted_bytes(lambda: answer_of(s.engine, work), s.hf)
-    with token_blocks(s.engine) as calls:
-        answer_of(s.engine, work)
+    first, second = s.anew(), s.anew()  # each a first call on the target
+    _, traffic = counted_bytes(lambda: answer_of(first.engine, work), s.hf)
+    with token_blocks(second.engine) as calls:
+        answer_of(second.engine, work)
     n, layers, length = len(work.layers), s.engine.n_layers, work.length
     blocks = layers * length + sum(layers - layer for layer in work.layers) * (length - work.position)
     blocks += (work.tokens - 1) * n * layers
@@ -188,7 +194,7 @@ def stops_part(device: str | None, settings: Settings, found: Found, progress: P
     vectors = torch.stack(states).repeat(layers, 1)
     rows = tuple(layer for layer in range(layers) for _ in states)
     works = []
-    for _, names in zip(range(settings.repeat + 1), itertools.cycle(itertools.permutations(EXAMPLES)), strict=False):
+    for _, names in zip(range(settings.repeat + 1), itertools.permutations(EXAMPLES), strict=False):  # five repetitions at most
         scope = describe({name: EXAMPLES[name] for name in names}, max_new_tokens=tokens, stop=(",", "\n"))
         target = resolve_target(model, scope.prompt if isinstance(scope.prompt, str) else "", scope.position)
         ids = target.tokens.tensor.to(model.device)
@@ -197,7 +203,8 @@ def stops_part(device: str | None, settings: Settings, found: Found, progress: P
     what = f"atlas, up to {_count(tokens)} and a stop"
     scores = take_turns(contestants, s, works, count=False, progress=progress, what=what)
     found.scores[what] = {name: plain_score(score, scores["ours"]) for name, score in scores.items()}
-    answer, flops = counted_flops(lambda: answer_of(s.engine, works[1]), s.hf)
+    fresh = s.anew()
+    answer, flops = counted_flops(lambda: answer_of(fresh.engine, works[1]), s.hf)
     said = statistics.mean(map(len, answer.tokens))
     needed = floor(measure(s.engine), works[1], [min(len(said) + 1, tokens) for said in answer.tokens])
     found.floors[what] = _plain_floor(needed)
@@ -326,17 +333,17 @@ def decoding_part(s: Subject, settings: Settings, found: Found, progress: Progre
     """Tokens a second after the first: (rows · (m − 1)) / (time for m tokens − time for one), of the grid and of `generate`."""
     tokens = max(2, *settings.tokens)
     vectors = -(-settings.rows // s.engine.n_layers)
-    works = grids(s, settings, prefix=settings.prefix, tokens=tokens, count=settings.repeat + 1, vectors=vectors)
-    works = [_first_rows(work, settings.rows) for work in works]
+    make = partial(grids, s, settings, prefix=settings.prefix, count=settings.repeat + 1, vectors=vectors)
+    works = [_first_rows(work, settings.rows) for work in make(tokens=tokens)]
+    ones = [_first_rows(work, settings.rows) for work in make(tokens=1)]  # targets of their own
     plain = partial(plain_generate, s)
     ours = partial(answer_of, s.engine)
     speeds: dict[Any, list[float]] = {plain: [], ours: []}
     for n, work in enumerate(works):
         progress(n, len(works), "decoding")
-        one = Work(work.target, work.position, work.layers, work.vectors, 1)
         for say in (plain, ours) if n % 2 else (ours, plain):
             with torch.no_grad():
-                both = [timed(lambda w=w, say=say: say(w), s.device)[1] for w in (one, work)]
+                both = [timed(lambda w=w, say=say: say(w), s.device)[1] for w in (ones[n], work)]
             if n:
                 speeds[say].append(len(work.layers) * (tokens - 1) / (both[1] - both[0]))
     progress(len(works), len(works), "decoding")
