@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 CREATED := $(VENV)/.stamp-created
 RUNTIME := $(VENV)/.stamp-runtime
 DEV := $(VENV)/.stamp-dev
+PEERS_VENV := .venv-peers
+PEERS := $(PEERS_VENV)/.stamp-peers
 
 # No question, no look for newer versions: the same run on a terminal and in CI.
 export PIP_NO_INPUT := 1
@@ -21,10 +23,10 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint docs clean
+.PHONY: help demo test lint docs bench bench-peers clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(RUNTIME)  ## a first look: reads hidden states of a small model that comes with the package
 	$(BIN)/patchscopes demo
@@ -41,8 +43,13 @@ lint: $(DEV)  ## format, style, types, and which part may import which
 docs: $(DEV)  ## run the examples of the documentation
 	$(BIN)/python -m pytest tests/test_docs.py
 
-clean:  ## delete what make made: .venv, caches, builds, the demo's output (runs/ stays)
-	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist patchscopes-demo
+bench: $(RUNTIME)  ## measure the engine beside other ways; options in BENCH="--repeat 3"
+	$(BIN)/patchscopes bench $(BENCH)
+
+bench-peers: $(PEERS)  ## install the libraries that bench compares with, into .venv-peers
+
+clean:  ## delete what make made: .venv, .venv-peers, caches, builds, the demo's output (runs/ stays)
+	rm -rf $(VENV) $(PEERS_VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist patchscopes-demo
 	find src tests -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(CREATED):
@@ -61,3 +68,11 @@ $(DEV): pyproject.toml constraints.txt | $(CREATED)
 	@echo 'installing into $(VENV); the first time takes minutes'
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	@touch $(RUNTIME) $@
+
+$(PEERS): constraints-peers.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "the peers need Python 3.11 or newer; found: $$($(PYTHON) --version 2>&1) as '$(PYTHON)'." >&2; exit 1; }
+	$(PYTHON) -m venv $(PEERS_VENV)
+	@echo 'installing into $(PEERS_VENV); this takes minutes'
+	$(PEERS_VENV)/bin/python -m pip install -q -c constraints-peers.txt nnsight transformer-lens interp-engine torch transformers
+	@touch $@
