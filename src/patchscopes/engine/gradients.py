@@ -9,6 +9,7 @@ what they read, and run a second time on the way back.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -196,7 +197,9 @@ def jvp(
         return Tangents(side_by_side([b.run for b in both], longest), side_by_side([b.moved for b in both], longest))
     batch = batched(prompts, engine.device)
     try:
-        values, moved = _forward_mode(engine, batch, site, tangent, sites)
+        with warnings.catch_warnings():  # torch 2.13 compiles its rules for forward-mode by a function that it has deprecated itself
+            warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=DeprecationWarning)
+            values, moved = _forward_mode(engine, batch, site, tangent, sites)
     except NotImplementedError:
         values, moved = _twice_backward(engine, batch, site, tangent, sites)
 
