@@ -278,7 +278,9 @@ READOUTS = {
 # Where batch and position stand in a hidden state, if not third and second from last: these have streams behind them.
 LAYOUT = dict.fromkeys(("deepseek_v4", "hy_v4"), (-4, -3))
 # The number of a prompt's first position, where it is not 0: RoBERTa's padding id, and one (fairseq's way of counting).
-FIRST = dict.fromkeys("roberta camembert xlm-roberta xlm-roberta-xl xmod data2vec-text roberta-prelayernorm".split(), 1)
+FIRST = dict.fromkeys(
+    ("roberta", "camembert", "xlm-roberta", "xlm-roberta-xl", "xmod", "data2vec-text", "roberta-prelayernorm"), 1
+)
 # Models whose own one-token step is not their own full pass, by more than rounding: what is generated is compared with such steps.
 STEPWISE = ("zamba2", "nemotron_h", "deepseek_v32")
 # (attention, MLP, factor): what a block adds to the residual stream is their outputs times the factor (read in transformers 5.23)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput
 
 from patchscopes.core.errors import InputError
 
@@ -56,13 +56,14 @@ class DecoderCache(EncoderDecoderCache):
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """A text that an encoder–decoder has read: the encoder's states [1, pos, d]."""
+    """A text that an encoder–decoder has read: the encoder's states [1, pos, d], and the class of what it returned."""
 
     states: Tensor
+    kind: type[ModelOutput]
 
     def inputs(self, rows: int) -> dict[str, Any]:
         """Arguments of a decoder pass of so many rows."""
-        return {"encoder_outputs": BaseModelOutput(last_hidden_state=self.states.expand(rows, -1, -1))}  # type: ignore[arg-type]
+        return {"encoder_outputs": self.kind(last_hidden_state=self.states.expand(rows, -1, -1))}
 
 
 @dataclass(frozen=True, eq=False)
