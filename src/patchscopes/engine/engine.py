@@ -178,7 +178,7 @@ class Engine:
 
         def fill(pool: dict, n: int) -> None:
             for name, pair in shared.items():
-                if not name.startswith("rest "):
+                if not _was_returned(name):
                     pool[name] = tuple(t if t.shape[0] == n else t.expand(n, *t.shape[1:]) for t in pair)
 
         before, self._injecting = self._injecting, True
@@ -201,7 +201,7 @@ class Engine:
         def change(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             pool: SharedKV = kwargs.get("shared_kv_states", {})
             for name, tensors in fresh.items():
-                if not name.startswith("rest "):
+                if not _was_returned(name):
                     pool[name] = tuple(behind(m, f) for m, f in zip(pool.get(name, tensors), tensors, strict=True))
 
             def grow(path: tuple, t: Tensor) -> Tensor:
@@ -422,6 +422,11 @@ class Engine:
         with hooked(note(b) for b in range(self.n_layers)):
             self.forward(ids[:, prefix:], offset=prefix, cache=cache, mask=mask)
         return shapes
+
+
+def _was_returned(name: object) -> bool:
+    """Whether an entry of SharedKV is what the block before returned. Others have the model's own names, some of them numbers."""
+    return isinstance(name, str) and name.startswith("rest ")
 
 
 @dataclass
