@@ -165,7 +165,7 @@ class Engine:
         return other
 
     def start(self, ids: Int[Tensor, "target pos"], position: int) -> int:
-        """Where a pass that is to begin at `position` or before may begin: the image tokens of a prompt must not be parted."""
+        """Where a pass that is to begin at `position` or before may begin: all images of a prompt run in its first pass."""
         return self.given.start(ids, position) if isinstance(self.given, Images) else position
 
     @contextmanager
