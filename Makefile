@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 CREATED := $(VENV)/.stamp-created
 RUNTIME := $(VENV)/.stamp-runtime
 DEV := $(VENV)/.stamp-dev
+OLDEST := .venv-oldest
 
 # No question, no look for newer versions: the same run on a terminal and in CI.
 export PIP_NO_INPUT := 1
@@ -21,16 +22,20 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint docs clean
+.PHONY: help demo test test-oldest lint docs clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 demo: $(RUNTIME)  ## a first look: reads hidden states of a small model that comes with the package
 	$(BIN)/patchscopes demo
 
 test: lint  ## lint, then all tests
 	$(BIN)/python -m pytest
+
+test-oldest: $(OLDEST)/.stamp  ## the tests that depend on transformers, with the oldest one supported
+	$(OLDEST)/bin/python -m pytest tests/test_matrix.py tests/test_engine_oracle.py tests/test_scopes.py tests/test_load.py \
+	  tests/test_encoder_decoder.py tests/test_vision.py
 
 lint: $(DEV)  ## format, style, types, and which part may import which
 	$(BIN)/ruff format --check
@@ -41,8 +46,8 @@ lint: $(DEV)  ## format, style, types, and which part may import which
 docs: $(DEV)  ## run the examples of the documentation
 	$(BIN)/python -m pytest tests/test_docs.py
 
-clean:  ## delete what make made: .venv, caches, builds, the demo's output (runs/ stays)
-	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist patchscopes-demo
+clean:  ## delete what make made: .venv, .venv-oldest, caches, builds, the demo's output (runs/ stays)
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist patchscopes-demo
 	find src tests -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(CREATED):
@@ -61,3 +66,11 @@ $(DEV): pyproject.toml constraints.txt | $(CREATED)
 	@echo 'installing into $(VENV); the first time takes minutes'
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	@touch $(RUNTIME) $@
+
+$(OLDEST)/.stamp: pyproject.toml constraints.txt constraints-oldest.txt | $(CREATED)
+	@echo 'installing into $(OLDEST); the first time takes minutes'
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	@grep -vE "^($$(sed -n 's/==.*//p' constraints-oldest.txt | paste -sd '|'))==" constraints.txt | cat - constraints-oldest.txt \
+	  > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install -q -c $(OLDEST)/constraints.txt -e '.[dev]'
+	@touch $@
