@@ -8,6 +8,7 @@ RUNTIME := $(VENV)/.stamp-runtime
 DEV := $(VENV)/.stamp-dev
 PEERS_VENV := .venv-peers
 PEERS := $(PEERS_VENV)/.stamp-peers
+OLDEST := .venv-oldest
 
 # No question, no look for newer versions: the same run on a terminal and in CI.
 export PIP_NO_INPUT := 1
@@ -23,7 +24,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint docs bench bench-peers clean
+.PHONY: help demo test test-oldest lint docs bench bench-peers clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -33,6 +34,10 @@ demo: $(RUNTIME)  ## a first look: reads hidden states of a small model that com
 
 test: lint  ## lint, then all tests
 	$(BIN)/python -m pytest
+
+test-oldest: $(OLDEST)/.stamp  ## the tests that depend on transformers, with the oldest one supported
+	$(OLDEST)/bin/python -m pytest tests/test_matrix.py tests/test_engine_oracle.py tests/test_scopes.py tests/test_load.py \
+	  tests/test_encoder_decoder.py tests/test_vision.py
 
 lint: $(DEV)  ## format, style, types, and which part may import which
 	$(BIN)/ruff format --check
@@ -48,8 +53,8 @@ bench: $(RUNTIME)  ## measure the engine beside other ways; options in BENCH="--
 
 bench-peers: $(PEERS)  ## install the libraries that bench compares with, into .venv-peers
 
-clean:  ## delete what make made: .venv, .venv-peers, caches, builds, the demo's output (runs/ stays)
-	rm -rf $(VENV) $(PEERS_VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist patchscopes-demo
+clean:  ## delete what make made: environments, caches, builds, the demo's output (runs/ stays)
+	rm -rf $(VENV) $(OLDEST) $(PEERS_VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist patchscopes-demo
 	find src tests -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(CREATED):
@@ -75,4 +80,12 @@ $(PEERS): constraints-peers.txt
 	$(PYTHON) -m venv $(PEERS_VENV)
 	@echo 'installing into $(PEERS_VENV); this takes minutes'
 	$(PEERS_VENV)/bin/python -m pip install -q -c constraints-peers.txt nnsight transformer-lens interp-engine torch transformers
+	@touch $@
+
+$(OLDEST)/.stamp: pyproject.toml constraints.txt constraints-oldest.txt | $(CREATED)
+	@echo 'installing into $(OLDEST); the first time takes minutes'
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	@grep -vE "^($$(sed -n 's/==.*//p' constraints-oldest.txt | paste -sd '|'))==" constraints.txt | cat - constraints-oldest.txt \
+	  > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install -q -c $(OLDEST)/constraints.txt -e '.[dev]'
 	@touch $@

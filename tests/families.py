@@ -234,6 +234,13 @@ _REFUSED: dict[str, dict] = {
 }
 
 
+# In transformers 5.15 these see later tokens although they are told to be decoders, so they are refused there; in 5.23 they do not.
+_OLDEST = transformers.__version__.startswith("5.15.")
+if _OLDEST:
+    for _name in ("big_bird", "megatron-bert", "rembert", "roformer"):
+        _REFUSED[_name] = _MORE.pop(_name)
+
+
 def _config(name: str, more: dict) -> transformers.PreTrainedConfig | None:
     """A small config of a model type, None if this transformers does not know the type."""
     kind = name.split("#")[0]
@@ -266,19 +273,23 @@ BLOCKS = {**dict.fromkeys(CONFIGS, "model.layers"), **{name: path for path, name
 ROUTES = {
     **dict.fromkeys(CONFIGS, "stairs"),
     **dict.fromkeys(("mamba", "falcon_mamba", "jamba", "zamba", "deepseek_v32"), "whole"),
-    **dict.fromkeys(("rwkv", "recurrent_gemma", "openai-gpt", "xlstm", "moshi", "minimax", "longcat_flash"), "hooks"),
+    **dict.fromkeys(("rwkv", "recurrent_gemma", "openai-gpt", "xlstm", "moshi", "minimax"), "hooks"),
     **dict.fromkeys(("glm_moe_dsa", "hy_v4", "deepseek_v4", "qwen4_exp_text", "inkling2_text"), "hooks"),
 }
+if _OLDEST:  # there Doge masks wrong keys in a continuation that is longer than what it continues
+    ROUTES["doge"] = "whole"
 # The route for one token, where it is another: nothing is continued there, so a cache that cannot be continued does no harm.
 READOUTS = {
     **ROUTES,
-    **dict.fromkeys(("rwkv", "recurrent_gemma", "openai-gpt", "xlstm", "moshi", "minimax", "longcat_flash"), "whole"),
+    **dict.fromkeys(("rwkv", "recurrent_gemma", "openai-gpt", "xlstm", "moshi", "minimax"), "whole"),
     **dict.fromkeys(("glm_moe_dsa", "hy_v4", "deepseek_v4", "qwen4_exp_text"), "whole"),
 }
 # Where batch and position stand in a hidden state, if not third and second from last: these have streams behind them.
 LAYOUT = dict.fromkeys(("deepseek_v4", "hy_v4"), (-4, -3))
 # The number of a prompt's first position, where it is not 0: RoBERTa's padding id, and one (fairseq's way of counting).
-FIRST = dict.fromkeys("roberta camembert xlm-roberta xlm-roberta-xl xmod data2vec-text roberta-prelayernorm".split(), 1)
+FIRST = dict.fromkeys(
+    ("roberta", "camembert", "xlm-roberta", "xlm-roberta-xl", "xmod", "data2vec-text", "roberta-prelayernorm"), 1
+)
 # Models whose own one-token step is not their own full pass, by more than rounding: what is generated is compared with such steps.
 STEPWISE = ("zamba2", "nemotron_h", "deepseek_v32")
 # (attention, MLP, factor): what a block adds to the residual stream is their outputs times the factor (read in transformers 5.23)

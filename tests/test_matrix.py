@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from families import ABSENT, CONFIGS, READOUTS, REFUSED, ROUTES, STEPWISE, WRITERS, loaded, row_of, target, tiny, tiny_tokenizer
+from families import ABSENT, CONFIGS, READOUTS, REFUSED, ROUTES, STEPWISE, loaded, row_of, target, tiny, tiny_tokenizer
 from oracle import (
     CLOSE,
     Patch,
@@ -226,16 +226,15 @@ way there is:
 
 | column | says |
 |---|---|
-| generation | `stairs`: behind a shared prefix, each row from its own layer on. `whole`: the same without a prefix. `hooks`: a full pass a row and token |
+| generation | `stairs`: behind a shared prefix, each row from its own layer; `whole`: without a prefix; `hooks`: full passes |
 | next token | the same for one token, where no cache is needed |
 | lens | whether a state can be decoded alone by the model's own norm and head; refused where it cannot |
-| padding | `together`: prompts of different lengths share a batch. `apart`: padding changes what this model says, so each length runs alone |
+| padding | `together`: prompts of different lengths share a batch. `apart`: padding changes what this model says, so each runs alone |
 | attention, MLP | whether a block adds the outputs of two modules at most to the stream: `attn_out` and `mlp_out` exist there |
 | why not faster | what the self-check found |
 
 No family is treated by name: all of this is measured when a model is loaded (`patchscopes check MODEL` prints it), so a model that is
-in no table works on the day it appears. What holds for random weights in one configuration may not hold for another: the check runs on yours.
-Sparse attention (DeepSeek-V3.2, GLM-DSA, HY-V4) picks keys among more than a self-check of a few tokens has: these run tiny here, too.
+in no table works on the day it appears. What holds in one configuration may not hold in another: the check runs on yours.
 
 """
 
@@ -244,11 +243,10 @@ def _found(case: Case, name: str, what: str) -> str:
     ability = case.model.capabilities.abilities[name]
     if ability.ok:
         return ""
-    return (
-        f"{what} it differs from full passes"
-        if ability.reason.startswith("off by")
-        else f"{what} it raises {ability.reason.split(':')[0]}"
-    )
+    if ability.reason.startswith("off by"):
+        return f"{what} it differs from full passes"
+    kind, _, said = ability.reason.partition(": ")
+    return f"{what}: {said}" if kind == "RefusedError" else f"{what} it raises {kind}"
 
 
 def _line(case: Case) -> str:

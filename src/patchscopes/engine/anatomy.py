@@ -92,8 +92,9 @@ def find_anatomy(model: nn.Module, device: torch.device, given: dict[str, Any]) 
         return model(**{ids_name: ids}, **given, use_cache=False)
 
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    # lists of that length first, then the biggest: LongCat-Flash counts two layers a block
-    likely = sorted(lists, key=lambda item: (len(item[1]) != n_layers, -sum(p.numel() for p in item[1].parameters())))
+    # The biggest first, whatever its length: LongCat-Flash counts two layers a block, T5's config the layers of its encoder. Smaller
+    # ones may be parts of a block that run one after the other, too.
+    likely = sorted(lists, key=lambda item: -sum(p.numel() for p in item[1].parameters()))
     for path, blocks in likely[:LISTS]:  # noqa: B007 (both are used after the loop)
         trace = _trace(run, list(blocks), ids)
         if trace is not None:

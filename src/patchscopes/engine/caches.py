@@ -39,10 +39,17 @@ def rows_of(layer: Any, index: Tensor) -> Any:
     return _mapped(layer, take)
 
 
+def of_blocks(values: list, layers: int) -> list:
+    """One value a cache layer from one a block: LongCat-Flash caches two layers a block, Gemma-3n before transformers 5.23 none for
+    the last blocks, which use the keys and values of earlier ones."""
+    each = max(1, layers // len(values))
+    return [values[k // each] for k in range(layers)]
+
+
 def fork(cache: Any, indices: list[Tensor]) -> Any:
     """A cache whose block b holds rows indices[b] of `cache`'s."""
     new = copy.copy(cache)
-    new.layers = [rows_of(layer, index) for layer, index in zip(cache.layers, indices, strict=True)]
+    new.layers = [rows_of(layer, index) for layer, index in zip(cache.layers, of_blocks(indices, len(cache.layers)), strict=True)]
     return new
 
 
@@ -51,6 +58,7 @@ def splice(cache: Any, base: Any, present: list[int], base_row: Tensor) -> None:
 
     base_row[r]: the row of `base` that row r continues.
     """
+    present = of_blocks(present, len(cache.layers))
     for b, own in enumerate(cache.layers):
         if present[b] == len(base_row):
             continue

@@ -54,7 +54,9 @@ class Engine:
         # what passes get beside their tokens; for an encoder–decoder a stand-in, until its parts and abilities are measured
         self.given: Encoded | Images | None = None
         if self.encodes:
-            self.given = self.encode(torch.arange(1, 8, device=self.device).remainder(text_config.vocab_size).unsqueeze(0))
+            self.given = self.stand_in = self.encode(
+                torch.arange(1, 8, device=self.device).remainder(text_config.vocab_size).unsqueeze(0)
+            )
         self._injecting = False
         self.first_position = 0  # the number of a prompt's first position
         self.layout = (-3, -2)  # the axes of batch and position in a block's hidden state
@@ -99,7 +101,7 @@ class Engine:
     def new_cache(self) -> Any:
         """An empty cache, or None if the model takes none. With the config: sliding and recurrent layers need their own class."""
         if self.encodes:
-            return DecoderCache(self.config.get_text_config(decoder=True))
+            return DecoderCache(self.model.get_decoder().config)
         return DynamicCache(config=self.config) if self.anatomy.cache_name else None
 
     def forward(
@@ -116,26 +118,28 @@ class Engine:
         n, s = ids.shape
         names = ("decoder_input_ids", "decoder_attention_mask") if self.encodes else ("input_ids", "attention_mask")
         kwargs: dict[str, Any] = {names[0]: ids}
-        if self.encodes and not isinstance(self.given, Encoded):
+        given = self.stand_in if self.encodes and self._injecting and self.given is None else self.given
+        if self.encodes and given is None:
             raise RefusedError(
                 "this model is an encoder–decoder: its decoder needs a text to look at. Give it one: model.given(text=…) is a model "
                 "whose prompts are the decoder's"
             )
-        if isinstance(self.given, Encoded):
-            kwargs |= self.given.inputs(n)
-        if positions is None:
+        if isinstance(given, Encoded):
+            kwargs |= given.inputs(n)
+        where = positions
+        if where is None:
             # after a prompt with images positions are not the number of tokens (M-RoPE): its cache knows by how much
-            positions = torch.arange(offset, offset + s, device=ids.device).expand(n, -1) + getattr(cache, "ahead", 0)
-        if isinstance(self.given, Images):
-            extra, own = self.given.inputs(ids, offset, bypassed=self._injecting)
+            where = torch.arange(offset, offset + s, device=ids.device).expand(n, -1) + getattr(cache, "ahead", 0)
+        if isinstance(given, Images):
+            extra, own = given.inputs(ids, offset, bypassed=self._injecting)
             if own is not None:
                 if mask is not None:
                     raise InputError("prompts with images cannot be padded; expected one length, or one prompt at a time")
-                positions, kwargs = own, kwargs | extra
+                where, kwargs = own, kwargs | extra
                 if cache is not None:
-                    cache.ahead = self.given.next_position - self.given.ids.shape[1]
+                    cache.ahead = given.next_position - given.ids.shape[1]
         if self.anatomy.takes_positions:
-            kwargs["position_ids"] = positions + self.first_position
+            kwargs["position_ids"] = where + self.first_position
         if mask is not None:
             kwargs[names[1]] = mask
         if cache is not None and self.anatomy.cache_name is not None:
@@ -150,7 +154,8 @@ class Engine:
     @torch.no_grad()
     def encode(self, ids: Int[Tensor, "1 pos"]) -> Encoded:
         """A text as the encoder reads it."""
-        return Encoded(self.model.get_encoder()(input_ids=ids.to(self.device)).last_hidden_state)
+        out = self.model.get_encoder()(input_ids=ids.to(self.device))
+        return Encoded(out.last_hidden_state, type(out))
 
     def see(self, inputs: dict[str, Tensor], marks: frozenset[int]) -> Images:
         """A prompt with images, `inputs` being what the model's processor made of it. InputError if it has no image token."""
@@ -158,7 +163,8 @@ class Engine:
         ids = inputs["input_ids"]
         if ids.shape[0] != 1 or not any((ids == mark).any() for mark in marks):
             raise InputError(
-                f"expected one prompt with image tokens (ids {sorted(marks)}), found {ids.shape[0]} prompts of ids {ids.unique().tolist()[:8]}…"
+                f"expected one prompt with image tokens (ids {sorted(marks)}); found {ids.shape[0]} prompts, "
+                f"with the ids {ids.unique().tolist()[:8]}, …"
             )
         rest = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
         per_token = {name: value for name, value in rest.items() if value.shape == ids.shape and not value.is_floating_point()}
@@ -174,7 +180,7 @@ class Engine:
         return other
 
     def start(self, ids: Int[Tensor, "target pos"], position: int) -> int:
-        """Where a pass that is to begin at `position` or before may begin: the image tokens of a prompt must not be parted."""
+        """Where a pass that is to begin at `position` or before may begin: all images of a prompt run in its first pass."""
         return self.given.start(ids, position) if isinstance(self.given, Images) else position
 
     @contextmanager
@@ -187,7 +193,7 @@ class Engine:
 
         def fill(pool: dict, n: int) -> None:
             for name, pair in shared.items():
-                if not name.startswith("rest "):
+                if not _was_returned(name):
                     pool[name] = tuple(t if t.shape[0] == n else t.expand(n, *t.shape[1:]) for t in pair)
 
         before, self._injecting = self._injecting, True
@@ -208,9 +214,9 @@ class Engine:
             return torch.cat([mine[:old].expand(old, *mine.shape[1:]), new.to(mine.device)])
 
         def change(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            pool = kwargs.get("shared_kv_states")
+            pool: SharedKV = kwargs.get("shared_kv_states", {})
             for name, tensors in fresh.items():
-                if not name.startswith("rest "):
+                if not _was_returned(name):
                     pool[name] = tuple(behind(m, f) for m, f in zip(pool.get(name, tensors), tensors, strict=True))
 
             def grow(path: tuple, t: Tensor) -> Tensor:
@@ -248,11 +254,17 @@ class Engine:
     def writer(self, site: Site) -> Writer:
         """The module that writes `site` (attn_out.b, mlp_out.b). SiteError if block b has no such writer."""
         writers = self.anatomy.writers[site.index]
-        k = {"attn_out": 0, "mlp_out": 1}[site.name]
+        last = 2 if self.encodes else 1  # attention to the encoded text stands between the two
+        k = {"attn_out": 0, "mlp_out": last}[site.name]
         if not writers:
             raise SiteError(
                 f"site {site} is not on this model: what block {site.index} adds to the residual stream is not a sum of module "
                 "outputs that could be found. The residual stream itself (resid.*) can be read and written."
+            )
+        if k >= len(writers) > 1:
+            raise SiteError(
+                f"site {site} is not on this model: block {site.index} has {len(writers)} residual writers, "
+                f"{', '.join(repr(w.path) for w in writers)}, and which of them is its MLP is not known"
             )
         if k >= len(writers):
             only = writers[0].path
@@ -429,6 +441,11 @@ class Engine:
         with hooked(note(b) for b in range(self.n_layers)):
             self.forward(ids[:, prefix:], offset=prefix, cache=cache, mask=mask)
         return shapes
+
+
+def _was_returned(name: object) -> bool:
+    """Whether an entry of SharedKV is what the block before returned. Others have the model's own names, some of them numbers."""
+    return isinstance(name, str) and name.startswith("rest ")
 
 
 @dataclass

@@ -2,8 +2,8 @@
 
 * An encoder–decoder reads a text with its encoder, once; every pass of its decoder looks at that. Rows share one encoded text.
 * A vision–language model reads a prompt in which a run of image tokens stands for each image. The pass that holds these tokens needs
-  the images; later ones do not. Two things follow, and the engine sees to both: all image tokens of a prompt go through in one pass
-  (`Images.start`), and positions are the model's own (M-RoPE counts an image in two dimensions, not token by token).
+  the images; later ones do not. Two things follow, and the engine sees to both: all image tokens of a prompt go through in its first
+  pass (`Images.start`), and positions are the model's own (M-RoPE counts an image in two dimensions, not token by token).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils.generic import ModelOutput
 
 from patchscopes.core.errors import InputError
 
@@ -56,13 +56,14 @@ class DecoderCache(EncoderDecoderCache):
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """A text that an encoder–decoder has read: the encoder's states [1, pos, d]."""
+    """A text that an encoder–decoder has read: the encoder's states [1, pos, d], and the class of what it returned."""
 
     states: Tensor
+    kind: type[ModelOutput]
 
     def inputs(self, rows: int) -> dict[str, Any]:
         """Arguments of a decoder pass of so many rows."""
-        return {"encoder_outputs": BaseModelOutput(last_hidden_state=self.states.expand(rows, -1, -1))}  # type: ignore[arg-type]
+        return {"encoder_outputs": self.kind(last_hidden_state=self.states.expand(rows, -1, -1))}
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +88,12 @@ class Images:
         return torch.isin(ids, torch.tensor(sorted(self.marks), device=ids.device))
 
     def start(self, ids: Tensor, position: int) -> int:
-        """The last position, at most `position`, at which a pass over the rest of `ids` may start without parting image tokens."""
+        """Where a pass over `ids` that is to begin at `position` or before may begin: behind all images, or at the start.
+
+        Some models part image tokens from others only in a prompt's first pass (Gemma-3 lets those of an image see each other).
+        """
         columns = self.are_in(ids).any(0).nonzero()[:, 0].tolist()
-        return columns[0] if columns and columns[0] < position <= columns[-1] else position
+        return 0 if columns and position <= columns[-1] else position
 
     def inputs(self, ids: Tensor, offset: int, *, bypassed: bool) -> tuple[dict[str, Any], Tensor | None]:
         """Arguments of a pass over `ids`, and positions; ({}, None) if no row has images.
@@ -132,13 +136,15 @@ class Images:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """What modules note about themselves inside (Qwen-2-VL: how far its positions are ahead of its tokens) is forgotten after."""
+    """What modules note about themselves inside (Qwen-2-VL: how far its positions are ahead of its tokens) is forgotten after.
+
+    Attributes that are new stay: transformers marks with one that it has put on hooks of its own, which stay, too.
+    """
     saved = [(module, dict(vars(module))) for module in model.modules()]
     try:
         yield
     finally:
         for module, state in saved:
-            vars(module).clear()
             vars(module).update(state)
 
 

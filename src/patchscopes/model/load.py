@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils.hub import cached_file
 
 from patchscopes import organisms
@@ -155,12 +155,13 @@ def _load_weights(where: str, name: str, options: dict[str, Any]) -> Any:
     hub = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
     try:
         config = AutoConfig.from_pretrained(where, **hub)
-        if type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map"):
+        auto = _auto_class(config)
+        if type(config) not in auto._model_mapping and not hasattr(config, "auto_map"):
             raise RefusedError(
                 f"{name} has no decoder stack: its config is a {type(config).__name__} ({config.model_type}), which transformers knows no "
                 "causal language model for (an encoder or a vision model?). patchscopes reads decoders."
             )
-        loaded: Any = AutoModelForCausalLM.from_pretrained(where, **options, output_loading_info=True)
+        loaded: Any = auto.from_pretrained(where, **options, output_loading_info=True)
         hf, report = loaded
         if missing := sorted(report["missing_keys"]):
             some = ", ".join(missing[:3])
@@ -176,6 +177,15 @@ def _load_weights(where: str, name: str, options: dict[str, Any]) -> Any:
         ) from e
     except (ValueError, ImportError, SafetensorError) as e:
         raise NotAvailableError(f"the model {name!r} could not be loaded: {' '.join(str(e).split())}") from e
+
+
+def _auto_class(config: Any) -> Any:
+    """How transformers loads the language model of such a config, with its encoder or its vision model where it has one."""
+    if getattr(config, "is_encoder_decoder", False) and type(config) in AutoModelForSeq2SeqLM._model_mapping:
+        return AutoModelForSeq2SeqLM
+    if "vision_config" in getattr(config, "sub_configs", {}) and type(config) in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def _with_adapter(hf: Any, adapter: str, base: str, hub: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.metadata
 import platform
@@ -16,11 +17,11 @@ from torch import Tensor
 
 from patchscopes.core.coordinates import Coordinates
 from patchscopes.core.edits import Edit
-from patchscopes.core.errors import PositionError, PromptError, SiteError, VectorError
+from patchscopes.core.errors import InputError, NotAvailableError, PositionError, PromptError, SiteError, VectorError
 from patchscopes.core.layers import resolve_layers
 from patchscopes.core.positions import Positions, Span
 from patchscopes.core.sites import EDGES, Site, resolve_sites
-from patchscopes.engine.check import Capabilities
+from patchscopes.engine.check import Capabilities, check_images
 from patchscopes.engine.continued import continued, stopping
 from patchscopes.engine.decompose import Decomposition, decompose
 from patchscopes.engine.edits import Placed
@@ -30,7 +31,7 @@ from patchscopes.engine.gradients import Gradients, Metric, Tangents, gradients,
 from patchscopes.engine.places import shape_of
 from patchscopes.engine.run import Run, run
 from patchscopes.model.checked import checked
-from patchscopes.model.tokens import Tokens, show_ids, tokenize
+from patchscopes.model.tokens import Tokens, decoder_prompt, of_ids, show_ids, tokenize
 
 Prompt = str | Tokens
 PACKAGES = ("patchscopes", "torch", "transformers", "tokenizers", "safetensors")
@@ -46,6 +47,8 @@ class Model:
         self.engine = Engine(hf)
         self.capabilities: Capabilities = checked(self.engine, self.dtype)
         self.capabilities.require("own_pass", "reading and patching")
+        self.engine.given = None  # what an encoder–decoder was measured with
+        self._given: dict[str, str] = {}
 
     def __repr__(self) -> str:
         parameters = sum(p.numel() for p in self.hf.parameters())
@@ -94,12 +97,23 @@ class Model:
 
     # -------------------------------------------------------------------------------------------------------- tokens
 
-    def tokens(self, text: Prompt, *, chat: bool = False) -> Tokens:
+    def tokens(self, text: Prompt | Sequence[int] | Tensor, *, chat: bool = False) -> Tokens:
         """Ids, strings, character offsets and `find` of a prompt. `chat`: as a user's turn in the model's chat template.
+
+        Ids, as a model's processor returns them (`input_ids`), are taken as they are; `tokens.images` are the places of their images.
+        An encoder–decoder's prompts are its decoder's: the id that starts it comes first.
 
         PromptError if the prompt is empty or longer than the model's context.
         """
-        tokens = text if isinstance(text, Tokens) else tokenize(self.tokenizer, text, chat=chat)
+        if isinstance(text, Tokens):
+            tokens = text
+        elif not isinstance(text, str):
+            ids = text.reshape(-1).tolist() if isinstance(text, Tensor) else text
+            tokens = of_ids(self.tokenizer, ids, self.image_ids)
+        elif self.engine.encodes:
+            tokens = decoder_prompt(self.tokenizer, text, self._decoder_start())
+        else:
+            tokens = tokenize(self.tokenizer, text, chat=chat)
         if tokens.ids and max(tokens.ids) >= self.vocab:
             raise PromptError(
                 f"the tokenizer gives ids up to {max(tokens.ids)}, but {self.name} has {self.vocab} tokens; load the model's own tokenizer"
@@ -109,6 +123,53 @@ class Model:
                 f"the prompt has {len(tokens)} tokens, but {self.name} reads at most {self.context}; give a shorter one"
             )
         return tokens
+
+    @property
+    def image_ids(self) -> frozenset[int]:
+        """Token ids that stand for a part of an image or a video."""
+        names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+        found = (getattr(self.engine.config, name, None) for name in names)
+        return frozenset(i for i in found if isinstance(i, int) and i >= 0)
+
+    def _decoder_start(self) -> int:
+        places = (getattr(self.hf, "generation_config", None), self.engine.config)
+        found = (getattr(place, name, None) for name in ("decoder_start_token_id", "bos_token_id") for place in places)
+        start = next((i for i in found if isinstance(i, int)), None)
+        if start is None:
+            raise NotAvailableError(
+                "this encoder–decoder does not say with which token its decoder starts (decoder_start_token_id)"
+            )
+        return start
+
+    def given(self, inputs: Mapping[str, Tensor] | None = None, *, text: str | None = None) -> Model:
+        """This model, bound to what it reads beside the tokens of its prompts; weights, tokenizer and abilities are shared.
+
+        text    for an encoder–decoder: the encoder reads it once; prompts are the decoder's
+        inputs  for a vision–language model: what its processor made of one prompt with images (input_ids, pixel_values, …). The prompt is
+                `model.tokens(inputs["input_ids"])`, `tokens.images` are the places of its images; other prompts run as ever
+
+        RefusedError if passes with these images do not equal the model's own.
+        """
+        bound = copy.copy(self)
+        if text is not None and inputs is None:
+            if not self.engine.encodes:
+                raise InputError(f"{self.name} has no encoder, so there is nothing to read text={text!r}; put it into the prompt")
+            ids = torch.tensor([self.tokenizer(text)["input_ids"]])
+            bound.engine = self.engine.with_given(self.engine.encode(ids))
+            bound._given = {"text": text}
+            return bound
+        if inputs is None or text is not None or "input_ids" not in inputs:
+            raise InputError("expected either text=… (encoder–decoders) or what a processor returned, with input_ids (images)")
+        if not self.image_ids:
+            raise InputError(f"{self.name} names no token that stands for an image (image_token_id); it reads text only")
+        images = self.engine.see(dict(inputs), self.image_ids)
+        bound.engine = self.engine.with_given(images)
+        bound.capabilities = check_images(bound.engine, images, dict(inputs), self.capabilities)
+        digest = hashlib.sha256()
+        for name in sorted(inputs):
+            digest.update(name.encode() + inputs[name].detach().float().cpu().contiguous().numpy().tobytes())
+        bound._given = {"images": "sha256:" + digest.hexdigest()}
+        return bound
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some token ids."""
@@ -365,6 +426,7 @@ class Model:
             "route": self.capabilities.route,
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
             "python": platform.python_version(),
+            **({"given": self._given} if self._given else {}),
         }
 
 

@@ -6,9 +6,11 @@ only occurrence. Pieces of text are found by character offsets, never by tokeniz
 
 from __future__ import annotations
 
+import itertools
 import operator
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +40,7 @@ class Tokens:
     special: tuple[bool, ...]
     notes: tuple[str, ...] = ()
     first_word_note: str = ""
+    images: tuple[Span, ...] = ()  # runs of the tokens that stand for an image
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -111,6 +114,40 @@ class Tokens:
 
     def _listing(self) -> str:
         return " ".join(f"{i}:{s!r}" for i, s in enumerate(self.strings))
+
+
+def of_ids(tokenizer: Any, ids: Sequence[int], image_ids: frozenset[int] = frozenset()) -> Tokens:
+    """Tokens of ids that something else made (a processor): text and offsets by decoding; runs of `image_ids` are images."""
+    ids, known = [int(i) for i in ids], set(tokenizer.all_special_ids)
+    if not ids:
+        raise PromptError("the prompt has no token ids; expected some")
+    text = _decode(tokenizer, [i for i in ids if i not in known])
+    runs = [list(run) for marked, run in itertools.groupby(range(len(ids)), lambda k: ids[k] in image_ids) if marked]
+    return Tokens(
+        text,
+        tuple(ids),
+        tuple(show_ids(tokenizer, ids)),
+        tuple(_offsets_by_decoding(tokenizer, ids)),
+        tuple(i in known for i in ids),
+        images=tuple(Span(run[0], run[-1]) for run in runs),
+    )
+
+
+def decoder_prompt(tokenizer: Any, text: str, start: int) -> Tokens:
+    """A prompt of an encoder–decoder's decoder: the id that starts it, then the tokens of `text`, which may be empty."""
+    if not text:
+        return Tokens("", (start,), tuple(show_ids(tokenizer, [start])), ((0, 0),), (True,))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+    ids = list(encoded["input_ids"])
+    offsets = encoded["offset_mapping"] if tokenizer.is_fast else _offsets_by_decoding(tokenizer, ids)
+    known, ids = set(tokenizer.all_special_ids), [start, *ids]
+    return Tokens(
+        text,
+        tuple(ids),
+        tuple(show_ids(tokenizer, ids)),
+        ((0, 0), *((int(a), int(b)) for a, b in offsets)),
+        (True, *(i in known for i in ids[1:])),
+    )
 
 
 def tokenize(tokenizer: Any, text: str, *, chat: bool = False) -> Tokens:
