@@ -20,6 +20,8 @@ from patchscopes.core.errors import SiteError
 from patchscopes.core.sites import Site
 from patchscopes.engine.anatomy import Anatomy, Writer, find_anatomy, measure_batch_axes
 from patchscopes.engine.hooks import Change, Handle, bypassing, hooked, map_tensors, on_arguments, on_input, on_output
+from patchscopes.engine.packing import Packing
+from patchscopes.engine.remember import Store
 
 SharedKV = dict[str, tuple[Tensor, ...]]
 
@@ -60,8 +62,19 @@ class Engine:
         )
         self.anatomy = replace(self.anatomy, batch_axes=self._measure_batch_axes())
         one = self.read(torch.zeros(1, 1, dtype=torch.long, device=self.device), [0]).h[0]
+        self.packing = Packing()  # what rows may share: nothing, until it was measured (`check`)
+        self.store: Store | None = None  # base runs of targets, while they are remembered
         # what a residual carries in front of its batch: () but for Gemma-3n
         self.streams: tuple[int, ...] = tuple(one.shape[:-3])
+
+    @contextmanager
+    def remembering(self, max_bytes: int = 2**30) -> Iterator[None]:
+        """Inside, base runs of target prompts are kept for later calls, the latest `max_bytes` of them. Weights must stay as they are."""
+        before, self.store = self.store, Store(max_bytes)
+        try:
+            yield
+        finally:
+            self.store = before
 
     # -------------------------------------------------------------------------------------------------------- forward
 

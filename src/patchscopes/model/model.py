@@ -35,6 +35,7 @@ class Model:
         self.name, self.revision = name, revision
         self.engine = Engine(hf)
         self.capabilities: Capabilities = checked(self.engine, self.dtype)
+        self.engine.packing = self.capabilities.packing
 
     def __repr__(self) -> str:
         parameters = sum(p.numel() for p in self.hf.parameters())
