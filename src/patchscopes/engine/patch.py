@@ -262,7 +262,7 @@ class Stem:
         ]
         if cache is not None and not caching:
             hooks += [forget(cache, block) for block in range(first, engine.n_layers)]
-        shared = _rows_of_shared(reading.shared.get(first, {}), target_of[: present[first]])
+        shared = _rows_of_shared(reading.shared.get(first, {}), target_of)
         mask, positions = self._real(targets, start, self.targets.shape[1])
         with engine.bypassing(first, shared), hooked(hooks):
             logits = engine.forward(
