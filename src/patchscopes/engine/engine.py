@@ -51,6 +51,7 @@ class Engine:
         self.config: Any = model.config
         text_config = self.config.get_text_config(decoder=True)
         self.vocab: int = text_config.vocab_size
+        self.width: int = text_config.hidden_size  # d_model
         # the longest sequence, in tokens; None if the config names no limit
         self.context: int | None = next(
             (

@@ -23,12 +23,11 @@ from patchscopes.engine.caches import row_bytes
 from patchscopes.engine.decode import Batch
 from patchscopes.engine.engine import Engine
 from patchscopes.engine.memory import Room, Tell, is_out_of_memory
-from patchscopes.engine.packing import Pack, Wish, pack
-from patchscopes.engine.patch import Route, Row, Stem, Walked, same_rows
+from patchscopes.engine.packing import Pack, pack
+from patchscopes.engine.patch import Route, Row, Stem, Walked, activation_bytes, pass_cost, same_rows, wish_of
 from patchscopes.engine.speech import Decoding, Speech
 
 ROWS = {"cpu": 1024, "cuda": 4096}  # at a time at most: more make no pass cheaper
-SLACK = {"cpu": 16.0, "cuda": 256.0}  # tokens that a pass costs beside its own, see `packing`: reading the weights, launches
 
 _log = logging.getLogger(__name__)
 
@@ -89,21 +88,16 @@ def stream(
     """
     alike = _alike(requests, sampled=decoding.temperature > 0)
     firsts = list(alike)
-    n_layers, kind = engine.n_layers, engine.device.type
-    wishes = []
-    for k in firsts:
-        row, ids = requests[k].row, requests[k].target
-        join = n_layers if row.value is None else row.site.index
-        wishes.append(Wish(ids, len(ids) - row.position, 1 - join / n_layers))
     packs = pack(
-        wishes,
+        [wish_of(engine, requests[k].target, requests[k].row) for k in firsts],
         ragged=engine.packing.ragged and route == "stairs",
         steps=decoding.max_new_tokens,
-        slack=SLACK.get(kind, SLACK["cuda"]) * decoding.max_new_tokens,
-        d_model=engine.config.get_text_config(decoder=True).hidden_size,
+        slack=pass_cost(engine) * decoding.max_new_tokens,
+        d_model=engine.width,
     )
+    at_most = at_most or ROWS.get(engine.device.type, ROWS["cuda"])
     for one in packs:
-        work = _Work(engine, one, [requests[k] for k in firsts], decoding, route, at_most or ROWS.get(kind, ROWS["cuda"]), tell)
+        work = _Work(engine, one, [requests[k] for k in firsts], decoding, route, at_most, tell)
         run = work.spoken() if decoding.max_new_tokens > 1 and route != "hooks" else work.read()
         for k, found in run:
             for same in alike[firsts[k]]:
@@ -152,14 +146,10 @@ class _Work:
         self.room = Room(engine.device, self._estimate(), at_most=at_most, tell=tell)
 
     def _estimate(self) -> float:
-        """Bytes of one row: its keys and values, the activations of a block and the logits, each about three times over."""
-        config, stem = self.engine.config.get_text_config(decoder=True), self.stem
-        number = next(self.engine.model.parameters()).element_size()
-        d_ff = max(_numbers(getattr(config, "intermediate_size", None)) or [4 * config.hidden_size])
-        heads = max(_numbers(getattr(config, "num_attention_heads", None)) or [1])
+        """Bytes of one row: what it owns of keys and values, the activations of a block, and the logits about three times over."""
+        stem = self.stem
         later = 0.0 if stem.base is None else row_bytes(stem.base.cache, stem.room + 1, whole=stem.caching)
-        block = stem.suffix * ((6 * config.hidden_size + 2 * d_ff) * number + 3 * 4 * heads * (self.last + 1))
-        return later + block + 3 * 4 * self.engine.vocab
+        return later + activation_bytes(self.engine, stem.suffix, self.last + 1) + 3.0 * 4 * self.engine.vocab
 
     def _take(self, n: int) -> list[int]:
         return [self.waiting.popleft() for _ in range(min(n, len(self.waiting)))]
@@ -259,8 +249,3 @@ class _Work:
             raise error
         self.waiting.extendleft(reversed(some))
         self.room.failed(len(some), error.with_traceback(None))
-
-
-def _numbers(entry: object) -> list[int]:
-    """An entry of a config: one number, or one a block (Gemma-3n), or none."""
-    return [entry] if isinstance(entry, int) else [n for n in entry if isinstance(n, int)] if isinstance(entry, list) else []

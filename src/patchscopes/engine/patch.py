@@ -36,6 +36,7 @@ from patchscopes.engine.attention import switched
 from patchscopes.engine.caches import fork, splice
 from patchscopes.engine.engine import Engine, Reading, SharedKV
 from patchscopes.engine.hooks import Handle, hooked, on_arguments, on_output
+from patchscopes.engine.packing import Wish
 from patchscopes.engine.shared_prefix import Seats
 
 Route = Literal["stairs", "whole", "hooks"]
@@ -323,6 +324,31 @@ class Stem:
 
 def _rows_of_shared(shared: SharedKV, index: Tensor) -> SharedKV:
     return {name: tuple(t.index_select(0, index.to(t.device)) for t in pair) for name, pair in shared.items()}
+
+
+def wish_of(engine: Engine, ids: tuple[int, ...], row: Row) -> Wish:
+    """What `packing` needs to know of a row."""
+    join = engine.n_layers if row.value is None else row.site.index
+    return Wish(ids, len(ids) - row.position, 1 - join / engine.n_layers)
+
+
+def pass_cost(engine: Engine) -> float:
+    """Tokens that a pass costs beside its own: weights are read once a pass, and a GPU is told every step of it."""
+    return 16.0 if engine.device.type == "cpu" else 256.0
+
+
+def activation_bytes(engine: Engine, tokens: int, keys: int) -> float:
+    """Bytes that a row's `tokens` take inside a block, rather too many: residual, projections, MLP, scores over `keys`."""
+    config = engine.config.get_text_config(decoder=True)
+    number = next(engine.model.parameters()).element_size()
+    d_ff = max(_numbers(getattr(config, "intermediate_size", None)) or [4 * engine.width])
+    heads = max(_numbers(getattr(config, "num_attention_heads", None)) or [1])
+    return tokens * ((6.0 * engine.width + 2 * d_ff) * number + 3 * 4 * heads * keys)
+
+
+def _numbers(entry: object) -> list[int]:
+    """An entry of a config: one number, or one a block (Gemma-3n), or none."""
+    return [entry] if isinstance(entry, int) else [n for n in entry if isinstance(n, int)] if isinstance(entry, list) else []
 
 
 def next_logits(engine: Engine, target: Int[Tensor, "1 pos"], rows: Sequence[Row], route: Route) -> Float[Tensor, "row vocab"]:
