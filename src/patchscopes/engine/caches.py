@@ -18,6 +18,8 @@ from transformers.cache_utils import DynamicLayer
 
 from patchscopes.engine.shared_prefix import Prefix, Seats, with_prefix
 
+FEW = 64  # own tokens for which buffers are made at once, if so many may come
+
 
 class OwnLayer(DynamicLayer):
     """Keys and values of rows that continue prompts, for full attention.
@@ -135,9 +137,6 @@ class OwnLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         """Tokens of a row, prefix and own."""
         return self.own + (0 if self.prefix is None else len(self.prefix))
-
-
-FEW = 64  # own tokens for which buffers are made at once, if so many may come
 
 
 def _is_batched(value: object) -> bool:

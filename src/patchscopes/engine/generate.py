@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from patchscopes.engine.caches import row_bytes
+from patchscopes.engine.caches import FEW, row_bytes
 from patchscopes.engine.decode import Batch
 from patchscopes.engine.engine import Engine
 from patchscopes.engine.memory import Room, Tell, is_out_of_memory
@@ -151,6 +151,13 @@ class _Work:
         later = 0.0 if stem.base is None else row_bytes(stem.base.cache, stem.room + 1, whole=stem.caching)
         return later + activation_bytes(self.engine, stem.suffix, self.last + 1) + 3.0 * 4 * self.engine.vocab
 
+    def _later(self) -> float:
+        """Bytes by which the buffers of a row grow after it has begun."""
+        if self.stem.base is None:
+            return 0.0
+        whole, begun = (row_bytes(self.stem.base.cache, n, whole=True) for n in (self.stem.room, min(self.stem.room, FEW)))
+        return whole - begun
+
     def _take(self, n: int) -> list[int]:
         return [self.waiting.popleft() for _ in range(min(n, len(self.waiting)))]
 
@@ -203,7 +210,7 @@ class _Work:
                     places = self._places(len(speech))
                     if places:
                         newcomers = self._take(places)
-                        with self.room.running(len(newcomers), more=bool(self.waiting)):
+                        with self.room.running(len(newcomers), more=bool(self.waiting), later=self._later()):
                             self._begin(newcomers, batch, speech, begun)
                         newcomers = []
                     texts = self._go_on(batch, speech)

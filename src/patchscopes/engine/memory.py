@@ -114,12 +114,13 @@ class Room:
         return max(1, min(self._limit, int(SHARE * free_bytes(self.device) / self.row_bytes)))
 
     @contextmanager
-    def running(self, rows: int, *, more: bool) -> Iterator[None]:
-        """`rows` run inside. If `more` are to follow, and it was not done yet, what they take is measured."""
+    def running(self, rows: int, *, more: bool, later: float = 0.0) -> Iterator[None]:
+        """`rows` run inside. If `more` are to follow, and it was not done yet, what they take is measured; `later`: bytes that a row
+        will take on top of that."""
         if more and self._measured is None:
             with peak_bytes() as counted:
                 yield
-            self._measured = max(counted.most / rows, 1.0)
+            self._measured = max(counted.most / rows + later, 1.0)
         else:
             yield
         self._successes += 1
