@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from patchscopes.core.edits import Edit, knock_out
 from patchscopes.core.errors import PromptError
 from patchscopes.engine.continued import continued
-from patchscopes.engine.generate import Decoding
+from patchscopes.engine.speech import Decoding
 from patchscopes.model import Model
 
 STEPS = 4
@@ -81,7 +81,13 @@ def by_running_anew(model: Model, edits: list[Edit]) -> list[tuple[list[int], Te
     placed = model._placed(edits, batch)
     decoding = Decoding(STEPS, model.end_ids)
     return continued(
-        model.engine, [t.tensor for t in batch], placed, decoding, seeds=[0, 1], cached=False, padding_exact=model.capabilities.ok("left_padding")
+        model.engine,
+        [t.tensor for t in batch],
+        placed,
+        decoding,
+        seeds=[0, 1],
+        cached=False,
+        padding_exact=model.capabilities.ok("left_padding"),
     )
 
 
@@ -96,7 +102,10 @@ def test_inner_edits_hold_under_the_cache(family: str) -> None:
         knock_out("1:4", None, [1, 2], steps="always"),
         knock_out("*", -1, [0], heads=(1,)),
         [Edit("z.2.1", None, v, "add", steps="always"), Edit("pattern.3.0", None, write="scale", amount=0.5, steps="always")],
-        [Edit("attn_in.2", -1, write="scale", amount=1.5, steps="always"), Edit("mlp_out.1" if family != "gemma4" else "mlp_in.1", None, write="scale", amount=0.0, steps=(1,))],
+        [
+            Edit("attn_in.2", -1, write="scale", amount=1.5, steps="always"),
+            Edit("mlp_out.1" if family != "gemma4" else "mlp_in.1", None, write="scale", amount=0.0, steps=(1,)),
+        ],
     ):
         got, want = model.generate(TEXTS, edits=edits, max_new_tokens=STEPS), by_running_anew(model, edits)
         for one, (tokens, logits) in zip(got, want, strict=True):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchscopes.core import errors
-from patchscopes.core.edits import WRITES, written
+from patchscopes.core.edits import written
 from patchscopes.core.errors import LayerError, PatchscopesError, SiteError, nearest
 from patchscopes.core.layers import resolve_layers
 from patchscopes.core.sites import Site, resolve_sites

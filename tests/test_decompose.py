@@ -10,8 +10,9 @@ from patchscopes.core.errors import RefusedError
 from patchscopes.model import Model
 
 
-
-@pytest.mark.parametrize("family", [*FAMILIES, "granite", "cohere", "falcon", "olmo2", "qwen3_next", "jamba", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize(
+    "family", [*FAMILIES, "granite", "cohere", "falcon", "olmo2", "qwen3_next", "jamba", "gpt_oss", "nemotron_h"]
+)
 def test_the_parts_sum_to_the_stream(family: str) -> None:
     model: Model = loaded(family)
     got = model.decompose(["abcdefgh", "two pets"])

@@ -60,7 +60,12 @@ def test_gradients_are_those_of_plain_autograd_row_by_row(family: str) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bloom", "gemma2", "mixtral", "mamba"])
 def test_a_ragged_batch_has_the_gradients_of_each_prompt_alone(family: str) -> None:
     model, texts = loaded(family), ["abcdefgh", "xyz"]
-    sites = ["resid.1", "attn_in.2", "attn_out.3", *(["pattern.2", "q.1", "z.4", "neurons.1"] if family in ("gpt2", "llama") else [])]
+    sites = [
+        "resid.1",
+        "attn_in.2",
+        "attn_out.3",
+        *(["pattern.2", "q.1", "z.4", "neurons.1"] if family in ("gpt2", "llama") else []),
+    ]
     both = model.gradients(texts, difference, wrt=sites)
     for p, text in enumerate(texts):
         alone = model.gradients(text, difference, wrt=sites)
@@ -72,7 +77,20 @@ def test_a_ragged_batch_has_the_gradients_of_each_prompt_alone(family: str) -> N
 
 
 INNER = {
-    "llama": ["embed", "attn_in.2", "q.2", "k.2", "v.1", "scores.2", "pattern.2", "z.2", "head_out.2", "attn_out.3", "neurons.1", "final_norm"],
+    "llama": [
+        "embed",
+        "attn_in.2",
+        "q.2",
+        "k.2",
+        "v.1",
+        "scores.2",
+        "pattern.2",
+        "z.2",
+        "head_out.2",
+        "attn_out.3",
+        "neurons.1",
+        "final_norm",
+    ],
     "mixtral": ["router.2", "expert_out.2", "mlp_in.1"],
     "mamba": ["delta.2", "B.2", "C.1", "gate.3"],
     "bloom": ["scores.2", "pattern.2", "q.1", "v.3", "z.2"],
@@ -147,7 +165,11 @@ def test_memory_that_runs_out_is_met_by_checkpointing(monkeypatch: pytest.Monkey
 
 def test_gradients_of_edits() -> None:
     model, v = doubled("llama"), torch.randn(64, generator=torch.Generator().manual_seed(2)).double() * 0.3
-    edits = [Edit("resid.2", -1, v), Edit("resid.1", [0, 1], torch.stack([v, -v]), "add"), Edit("z.3.1", 0, write="scale", amount=2.0)]
+    edits = [
+        Edit("resid.2", -1, v),
+        Edit("resid.1", [0, 1], torch.stack([v, -v]), "add"),
+        Edit("z.3.1", 0, write="scale", amount=2.0),
+    ]
     got = model.gradients(["abcdefgh", "xyz"], difference, edits=edits)
     assert [None if g is None else g.shape for g in got.edits] == [(64,), (2, 64), None]
     x = torch.randn(64, generator=torch.Generator().manual_seed(3)).double()
@@ -157,7 +179,10 @@ def test_gradients_of_edits() -> None:
                 difference(
                     model.run(
                         ["abcdefgh", "xyz"],
-                        edits=[Edit(e.site, e.position, e.value + s * 1e-3 * x if j == k else e.value, e.write, amount=e.amount) for j, e in enumerate(edits)],
+                        edits=[
+                            Edit(e.site, e.position, e.value + s * 1e-3 * x if j == k else e.value, e.write, amount=e.amount)
+                            for j, e in enumerate(edits)
+                        ],
                     )
                 )
             )
@@ -219,7 +244,8 @@ def test_the_model_is_left_as_it_was() -> None:
         model.gradients("abcd", lambda run: 1 / 0, wrt=["pattern.1"], checkpoint=True)  # type: ignore[arg-type, return-value]
     assert all(p.requires_grad and p.grad is None and torch.equal(p, before[name]) for name, p in hf.named_parameters())
     assert all(
-        not m._forward_hooks and not m._forward_pre_hooks and not {"forward", "_patchscopes_tap"} & set(vars(m)) for m in hf.modules()
+        not m._forward_hooks and not m._forward_pre_hooks and not {"forward", "_patchscopes_tap"} & set(vars(m))
+        for m in hf.modules()
     )
     assert hf.config._attn_implementation == tiny("llama").config._attn_implementation
 

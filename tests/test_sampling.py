@@ -86,7 +86,7 @@ def test_later_tokens_are_sampled_under_the_patch() -> None:
     """The second token follows p(· | prompt, patch, first token), from a full pass of the oracle."""
     hf, ids, n = loaded("llama").hf, prompt(LENGTH, seed=5), 1500
     (patch,) = random_patches(hf, "llama", ids, [("resid.1", LENGTH - 1)], torch.Generator().manual_seed(1))
-    got = go("llama", ids, [row_of(patch)] * n, Decoding(2, temperature=0.7), range(n))
+    got = go("llama", ids, [row_of(patch)] * n, Decoding(2, temperature=0.7), range(10000, 10000 + n))
     first = max(set(g.tokens[0] for g in got), key=[g.tokens[0] for g in got].count)
     second = torch.tensor([g.tokens[1] for g in got if g.tokens[0] == first])
     p = (full_logits(hf, "llama", [*ids, first], patch)[-1] / 0.7).softmax(-1)

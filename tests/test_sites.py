@@ -310,7 +310,9 @@ def test_states_are_what_the_cache_carries_on(family: str) -> None:
         held = held[0] if isinstance(held, dict) else held
         assert error(run[f"state.{b}"][:, 4], held) < 1e-4
         held.mul_(0.5)
-        want = torch.cat([model.engine.forward(tokens.tensor[:, t : t + 1], offset=t, cache=cache) for t in range(5, len(tokens))], 1)
+        want = torch.cat(
+            [model.engine.forward(tokens.tensor[:, t : t + 1], offset=t, cache=cache) for t in range(5, len(tokens))], 1
+        )
     edit = Edit(f"state.{b}", 4, write="scale", amount=0.5)
     got = model.run(tokens, edits=[edit])
     assert error(got.logits[:, 5:], want) <= CLOSE
@@ -351,4 +353,7 @@ def test_a_ragged_batch_reads_at_inner_sites_what_single_runs_read(family: str) 
         alone = model.run(text, read=sites)
         for site in sites:
             for position in range(len(model.tokens(text))):
-                assert error(both.at(site, prompt=p, position=position), alone.at(site, position=position)) < 1e-4, (site, position)
+                assert error(both.at(site, prompt=p, position=position), alone.at(site, position=position)) < 1e-4, (
+                    site,
+                    position,
+                )

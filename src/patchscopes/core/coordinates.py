@@ -82,7 +82,9 @@ class Subspace:
         q, r = torch.linalg.qr(rows.double().T)
         size = r.diagonal().abs()
         if len(rows) > rows.shape[1] or not bool((size > 1e-6 * rows.double().norm(dim=-1)).all()) or not bool(size.all()):
-            raise VectorError(f"the {len(rows)} directions are not independent (or one is zero); leave out those that others span")
+            raise VectorError(
+                f"the {len(rows)} directions are not independent (or one is zero); leave out those that others span"
+            )
         return cls((q * r.diagonal().sign()).T.to(rows.dtype).contiguous(), name)
 
     def encode(self, x: Float[Tensor, "*row width"]) -> Float[Tensor, "*row feature"]:

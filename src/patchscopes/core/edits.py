@@ -73,7 +73,9 @@ class Edit:
         if self.write == "knock_out" and not edges:
             raise SiteError(f"knock_out at {self.site}: attention is knocked out at {' or '.join(EDGES)}")
         if not (self.steps in ("prompt", "always") or (isinstance(self.steps, tuple) and all(t >= 0 for t in self.steps))):
-            raise InputError(f"steps is {self.steps!r}; expected 'prompt', 'always', or numbers of generated tokens such as (0, 2)")
+            raise InputError(
+                f"steps is {self.steps!r}; expected 'prompt', 'always', or numbers of generated tokens such as (0, 2)"
+            )
 
     def __repr__(self) -> str:
         shown = [repr(self.site)]

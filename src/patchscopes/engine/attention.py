@@ -7,6 +7,9 @@
 It is registered with `transformers` once and used only inside `switched`; outside, and after an exception, the model runs its own.
 The function is called by the model with the module that asks; what a run wants there stands in that module's `SLOT`. It computes in
 the model's number format, the softmax in float32 or better, as the models' own eager functions do.
+
+Where rows share the keys of a prompt (`shared_prefix`), scores and mix are made in two parts, over the prompt's keys and the rows'
+own, and laid side by side: scores and pattern are whole.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, eager_mask
+
+from patchscopes.engine.shared_prefix import PREFIX, Prefix
 
 NAME = "patchscopes"  # of our function among the attention implementations
 SLOT = "_patchscopes_tap"  # the attribute of a module where a run leaves its `Tap`
@@ -56,7 +61,15 @@ def attend(
     Returns z [batch, q, head, d_head] and the pattern [batch, head, q, k].
     """
     z, pattern = attend_tapped(
-        getattr(module, SLOT, None), query, key, value, attention_mask, scaling, softcap, s_aux if sinks is None else sinks, position_bias
+        getattr(module, SLOT, None),
+        query,
+        key,
+        value,
+        attention_mask,
+        scaling,
+        softcap,
+        s_aux if sinks is None else sinks,
+        position_bias,
     )
     return z.transpose(1, 2).contiguous(), pattern
 
@@ -73,9 +86,19 @@ def attend_tapped(
     position_bias: Tensor | None = None,
 ) -> tuple[Float[Tensor, "batch head q d_v"], Float[Tensor, "batch head q k"]]:
     """z and the pattern, with everything shown to `tap` on the way."""
+    prefix: Prefix | None = getattr(key, PREFIX, None)
     if tap is not None:
         query, key, value = tap.heads("q", query), tap.heads("k", key), tap.heads("v", value)
-    scores = match(query, key) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = match(query, key)
+    if prefix is not None:
+        scores = torch.cat([prefix.match(query), scores], -1)
+    if attention_mask is not None and attention_mask.shape[-1] > scores.shape[-1]:
+        raise RuntimeError(
+            f"a mask over {attention_mask.shape[-1]} keys, but {scores.shape[-1]} keys: a prefix was lost on the way"
+        )
+    if prefix is not None and attention_mask is not None:
+        attention_mask = prefix.masked(attention_mask)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     for bias in (position_bias, attention_mask):
@@ -89,7 +112,10 @@ def attend_tapped(
     pattern = _softmax(scores, sinks).to(query.dtype)
     if tap is not None:
         pattern = tap.edges("pattern", pattern)
-    z = mix(pattern, value)
+    before = 0 if prefix is None else len(prefix)
+    z = mix(pattern[..., before:], value)
+    if prefix is not None:
+        z = z + prefix.mix(pattern[..., :before])
     if tap is not None:
         z = tap.heads("z", z)
     return z, pattern
@@ -117,12 +143,24 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
     return torch.cat([scores, column.to(scores)], -1).softmax(-1, dtype=kind)[..., :-1]
 
 
+def _mask(
+    q_length: int, *, mask_function: Any = causal_mask_function, attention_mask: Tensor | None = None, **kwargs: Any
+) -> Any:
+    """The additive mask; None for a single query that sees all keys, so that nothing is added in a step of decoding."""
+    if q_length == 1 and attention_mask is None and mask_function is causal_mask_function:
+        return None
+    return eager_mask(q_length=q_length, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
+
+
 @contextmanager
 def switched(model: Any) -> Iterator[None]:
     """Inside, `model` attends through `attend` (unless its code calls no registered function: the self-check finds out)."""
+    if model.config._attn_implementation == NAME:
+        yield
+        return
     if NAME not in AttentionInterface():  # once a process; without a mask function of the same name the mask would be None
         AttentionInterface.register(NAME, attend)
-        AttentionMaskInterface.register(NAME, eager_mask)
+        AttentionMaskInterface.register(NAME, _mask)
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
     before = [(config, config._attn_implementation) for config in configs if hasattr(config, "_attn_implementation")]
     log = logging.getLogger("transformers.modeling_utils")

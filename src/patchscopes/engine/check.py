@@ -16,9 +16,11 @@ from torch import Tensor
 
 from patchscopes.core.errors import PatchscopesError, RefusedError
 from patchscopes.core.sites import Site
+from patchscopes.engine import check_packing
 from patchscopes.engine.engine import Engine
 from patchscopes.engine.given import Images, unchanged
 from patchscopes.engine.hooks import Handle, hooked, on_output
+from patchscopes.engine.packing import Packing
 from patchscopes.engine.patch import Route, Row, Stem, next_logits
 
 PROMPT = 12  # tokens, fewer if the context is shorter
@@ -38,6 +40,9 @@ MEANING = {
     "left_padding": "a left-padded prompt gives what it gives alone",
     "padded_steps": "a left-padded prompt goes on, token by token from the cache, as it does alone",
     "rows_independent": "a prompt in a batch gives what it gives alone",
+    "shared_prefix": "rows that hold their prompt's keys and values together equal rows that hold copies",
+    "ragged": "rows of prompts of different lengths give in one batch what they give alone",
+    "gaps": "rows that enter a batch while others are being decoded give what they give alone",
     "writers": "each layer is the one before plus attention and MLP outputs",
 }
 
@@ -74,6 +79,14 @@ class Capabilities:
     def route(self) -> Route:
         """The fastest exact way to run patched prompts and generate from them."""
         return "stairs" if self.ok("stairs") else "whole" if self.ok("whole") else "hooks"
+
+    @property
+    def packing(self) -> Packing:
+        """What the rows of one batch may share."""
+        stairs = self.ok("stairs")
+        return Packing(
+            stairs and self.ok("shared_prefix"), stairs and self.ok("ragged"), self.route != "hooks" and self.ok("gaps")
+        )
 
     @property
     def readout_route(self) -> Route:
@@ -231,6 +244,21 @@ def check(engine: Engine, dtype: torch.dtype) -> Capabilities:
     )
     measure("whole", lambda: continued("whole"), truth)
     measure("readout", lambda: next_logits(engine, ids, shared, "whole"), lambda: oracle(0)[:, 0])
+    mine = said[[row.target for row in rows]]
+    measure("shared_prefix", lambda: check_packing.sharing_prefix(engine, ids, shared, mine), truth)
+    modes = (False, True) if found["shared_prefix"].ok else (False,)
+    measure(
+        "ragged",
+        lambda: torch.stack([check_packing.ragged(engine, ids, shared, mine, shared=mode) for mode in modes]),
+        lambda: torch.cat([truth(), check_packing.shorter(engine, ids, shared, mine)]).expand(len(modes), -1, -1, -1),
+    )
+    way: Route = "stairs" if found["stairs"].ok else "whole"
+    modes = modes if way == "stairs" else (False,)
+    measure(
+        "gaps",
+        lambda: torch.stack([check_packing.entering(engine, ids, shared, mine, route=way, shared=mode) for mode in modes]),
+        lambda: truth().expand(len(modes), -1, -1, -1),
+    )
     measure("left_padding", padded, unpadded)
     measure("padded_steps", padded_steps, reference[:, -1:], allowed=max(tolerance, 1e-2 if stepwise else 0.0))
     measure("rows_independent", in_batch, reference)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from patchscopes.engine.edits import Frame, Placed
 from patchscopes.engine.engine import Engine
-from patchscopes.engine.generate import Decoding, choose
 from patchscopes.engine.hooks import hooked
 from patchscopes.engine.run import Batch, batched, own, run
+from patchscopes.engine.speech import Decoding, Speech
 from patchscopes.engine.watch import Watch
 
 
@@ -55,82 +55,68 @@ def continued(
             continued(engine, [p], own(edits, i), decoding, seeds=[seeds[i]], cached=cached, padding_exact=True)[0]
             for i, p in enumerate(prompts)
         ]
-    rows = [_Row(i, p[0].tolist(), torch.Generator().manual_seed(seed)) for i, (p, seed) in enumerate(zip(prompts, seeds, strict=True))]
     step = _cached(engine, batched(prompts, engine.device), edits) if cached else _anew(engine, prompts, edits)
-    alive = rows
-    for _ in range(decoding.max_new_tokens):
-        logits = step(alive)
-        tokens = choose(logits, [row.sampler for row in alive] if decoding.temperature else [], decoding.temperature)
-        for k, row in enumerate(alive):
-            row.take(int(tokens[k]), logits[k], decoding)
-        alive = [row for row in alive if not row.finished]
-        if not alive:
-            break
-    return [(row.said, row.first) for row in rows]
+    who = list(range(len(prompts)))
+    first = step(who, None)
+    speech = Speech(decoding, engine.device)
+    speech.enter(who, seeds, first)
+    texts: dict[int, list[int]] = {}
+    while len(speech):
+        if speech.look():
+            texts |= speech.leave()[0]
+        else:
+            speech.hear(step(speech.who, speech.last()))
+    return [(texts[i], first[i]) for i in who]
 
 
-class _Row:
-    """A prompt that goes on."""
-
-    def __init__(self, number: int, prompt: list[int], sampler: torch.Generator):
-        self.number, self.prompt, self.sampler = number, prompt, sampler
-        self.said: list[int] = []
-        self.first = torch.zeros(0)
-        self.finished = False
-
-    def take(self, token: int, logits: Tensor, decoding: Decoding) -> None:
-        """The next token, chosen from `logits`."""
-        if not self.said and not self.first.numel():
-            self.first = logits
-        if token in decoding.end:
-            self.finished = True
-            return
-        self.said.append(token)
-        cut = decoding.stop(self.said) if decoding.stop else None
-        if cut is not None:
-            del self.said[cut:]
-            self.finished = True
+Step = Callable[[list[int], Tensor | None], Tensor]  # (prompts that go on, the token that each said last): logits after it
 
 
-def _cached(engine: Engine, batch: Batch, edits: Sequence[Placed]) -> Callable[[list[_Row]], Tensor]:
-    """Logits [row, vocab] after the last token of the rows that are left, one pass a token."""
-    cache, frame = engine.new_cache(), batch.frame
-    watch = Watch(engine, (), edits, frame)
+def _cached(engine: Engine, batch: Batch, edits: Sequence[Placed]) -> Step:
+    """One pass a token, on the model's cache."""
+    cache = engine.new_cache()
+    watch = Watch(engine, (), edits, batch.frame)
     mask = batch.mask.long()
     there = list(range(len(batch.ids)))  # whose rows the cache holds
+    said = 0  # tokens fed after the prompt
 
-    def step(alive: list[_Row]) -> Tensor:
-        nonlocal mask, there
-        if not alive[0].said:
+    def step(who: list[int], last: Tensor | None) -> Tensor:
+        nonlocal mask, there, said
+        if last is None:
             with hooked(watch.hooks()):
-                last = [batch.ids.shape[1] - 1]
-                return engine.forward(batch.ids, cache=cache, mask=batch.padded, positions=batch.positions, keep=last)[:, 0]
-        numbers = [row.number for row in alive]
-        if numbers != there:
-            kept = torch.tensor([there.index(n) for n in numbers], device=mask.device)
+                end = [batch.ids.shape[1] - 1]
+                return engine.forward(batch.ids, cache=cache, mask=batch.padded, positions=batch.positions, keep=end)[:, 0]
+        if who != there:
+            kept = torch.tensor([there.index(n) for n in who], device=mask.device)
             cache.reorder_cache(kept)
-            mask, there = mask[kept], numbers
-        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
-        now = [len(row.prompt) + len(row.said) - 1 for row in alive]
-        watch.frame = Frame(numbers, now, 1, batch.lengths)
-        ids = torch.tensor([[row.said[-1]] for row in alive], device=mask.device)
+            mask, there = mask[kept], list(who)
+        mask = torch.cat([mask, mask.new_ones(len(who), 1)], 1)
+        now = [batch.lengths[n] + said for n in who]
+        said += 1
+        watch.frame = Frame(who, now, 1, batch.lengths)
         positions = torch.tensor(now, device=mask.device)[:, None]
+        padded = None if batch.padded is None else mask
         with hooked(watch.hooks()):
-            return engine.forward(
-                ids, cache=cache, offset=mask.shape[1] - 1, mask=None if batch.padded is None else mask, positions=positions, keep=[0]
-            )[:, 0]
+            logits = engine.forward(
+                last[:, None], cache=cache, offset=mask.shape[1] - 1, mask=padded, positions=positions, keep=[0]
+            )
+        return logits[:, 0]
 
     return step
 
 
-def _anew(engine: Engine, prompts: Sequence[Tensor], edits: Sequence[Placed]) -> Callable[[list[_Row]], Tensor]:
+def _anew(engine: Engine, prompts: Sequence[Tensor], edits: Sequence[Placed]) -> Step:
     """The same by a full pass over each text, for every token."""
+    texts = [p[0].tolist() for p in prompts]
 
-    def step(alive: list[_Row]) -> Tensor:
+    def step(who: list[int], last: Tensor | None) -> Tensor:
         found = []
-        for row in alive:
-            ids = torch.tensor([row.prompt + row.said])
-            mine = [_lengthened(e, len(row.prompt), len(row.said)) for e in own(edits, row.number)]
+        for k, i in enumerate(who):
+            if last is not None:
+                texts[i].append(int(last[k]))
+            said = len(texts[i]) - prompts[i].shape[1]
+            mine = [_lengthened(e, prompts[i].shape[1], said) for e in own(edits, i)]
+            ids = torch.tensor([texts[i]])
             found.append(run(engine, [ids], (), [e for e in mine if e is not None], padding_exact=True).logits[0, -1])
         return torch.stack(found)
 

@@ -23,7 +23,9 @@ from patchscopes.core.sites import Site
 from patchscopes.engine.anatomy import Anatomy, Writer, find_anatomy, measure_batch_axes
 from patchscopes.engine.given import DecoderCache, Encoded, Images, own_positions
 from patchscopes.engine.hooks import Change, Handle, bypassing, hooked, map_tensors, on_arguments, on_input, on_output
+from patchscopes.engine.packing import Packing
 from patchscopes.engine.parts import AllParts, find_parts
+from patchscopes.engine.remember import Store
 
 SharedKV = dict[str, tuple[Tensor, ...]]
 
@@ -79,6 +81,8 @@ class Engine:
         self.layout = self._measure_layout()
         self.anatomy = replace(self.anatomy, batch_axes=self._measure_batch_axes())
         one = self.read(torch.zeros(1, 1, dtype=torch.long, device=self.device), [0]).h[0]
+        self.packing = Packing()  # what rows may share: nothing, until it was measured (`check`)
+        self.store: Store | None = None  # base runs of targets, while they are remembered
         # what a residual carries in front of its batch (with `layout` undone): () but for Gemma-3n, DeepSeek-V4 and their like
         self.streams: tuple[int, ...] = tuple(one.shape[:-3])
         self.d_model: int = one.shape[-1]  # the residual's width: in Qwen-4 several times the config's hidden_size
@@ -95,6 +99,15 @@ class Engine:
         """What is inside the blocks, measured when it is first asked for."""
         ids = torch.arange(1, 9, device=self.device).remainder(self.vocab).unsqueeze(0)
         return find_parts(self.model, self.anatomy, lambda: self.forward(ids))
+
+    @contextmanager
+    def remembering(self, max_bytes: int = 2**30) -> Iterator[None]:
+        """Inside, base runs of target prompts are kept for later calls, the latest `max_bytes` of them. Weights must stay as they are."""
+        before, self.store = self.store, Store(max_bytes)
+        try:
+            yield
+        finally:
+            self.store = before
 
     # -------------------------------------------------------------------------------------------------------- forward
 

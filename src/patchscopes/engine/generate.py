@@ -1,36 +1,37 @@
-"""Generate under a patch: walk once through the prompt, then decode all rows together from the spliced cache.
+"""Generate under patches: few passes for many rows, results handed over as rows finish.
 
-Greedy, or sampled at a temperature with a seed a row (so that a row's text does not depend on the batch it ran in). Rows that have
-finished leave the batch.
+    equal rows   the same target, edit and vector, greedy: run once
+    packs        rows whose targets run together (see `packing`); each pack shares prefix and base (see `patch.Stem`)
+    batches      as many rows as fit into memory (see `memory`), those first that join at the same layers
+    decoding     all rows of a batch together; those that have finished leave, and waiting ones enter (see `decode`)
+
+Nothing of a run stays on the model between two results: closing the iterator cancels, and what was handed over is not lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
+from patchscopes.engine.caches import FEW, row_bytes
+from patchscopes.engine.decode import Batch
 from patchscopes.engine.engine import Engine
-from patchscopes.engine.patch import Route, Row, Stem, Walked
+from patchscopes.engine.memory import Room, Tell, is_out_of_memory
+from patchscopes.engine.packing import Pack, pack
+from patchscopes.engine.patch import Route, Row, Stem, Walked, activation_bytes, pass_cost, same_rows, wish_of
+from patchscopes.engine.speech import Decoding, Speech
 
+ROWS = {"cpu": 1024, "cuda": 4096}  # at a time at most: more make no pass cheaper
 
-@dataclass(frozen=True)
-class Decoding:
-    """How to go on from the patched prompt.
+_log = logging.getLogger(__name__)
 
-    max_new_tokens  at most this many tokens
-    end             token ids that end a row; they are not part of its text
-    stop            called with a row's tokens so far: how many of them to keep if the row is to stop there, else None
-    temperature     0: greedy
-    """
-
-    max_new_tokens: int = 1
-    end: frozenset[int] = frozenset()
-    stop: Callable[[list[int]], int | None] | None = None
-    temperature: float = 0.0
+__all__ = ["Decoding", "Generated", "Request", "generate", "stream"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,15 @@ class Generated:
     norm_ratio: float
 
 
-@torch.no_grad()
+@dataclass(frozen=True, eq=False)
+class Request:
+    """Go on from the ids `target` under the edit of `row` (whose `target` does not count). `seed` matters above temperature 0."""
+
+    target: tuple[int, ...]
+    row: Row
+    seed: int = 0
+
+
 def generate(
     engine: Engine,
     target: Int[Tensor, "1 pos"],
@@ -52,77 +61,199 @@ def generate(
     route: Route = "stairs",
     seeds: Sequence[int] = (),
     done: Callable[[int], None] = lambda rows: None,
+    at_most: int | None = None,
 ) -> list[Generated]:
     """Continue `target` in every row. `seeds`: one a row, needed if the temperature is not 0. `done` hears how many rows have finished."""
-    if not rows:
-        return []
-    last = target.shape[1] - 1
-    caching = decoding.max_new_tokens > 1 and route != "hooks"
-    stem = Stem(engine, target, rows, route=route, caching=caching)
-    order = sorted(range(len(rows)), key=lambda r: stem.join(rows[r]))  # rows that skip as many blocks run together
-    size = rows_at_once(engine, last + decoding.max_new_tokens)
+    ids = tuple(target[0].tolist())
+    requests = [Request(ids, row, seeds[r] if decoding.temperature else 0) for r, row in enumerate(rows)]
     found: dict[int, Generated] = {}
-    for chunk in (order[i : i + size] for i in range(0, len(order), size)):
-        walked = stem.walk([rows[r] for r in chunk], [last], caching=caching)
-        samplers = [torch.Generator().manual_seed(seeds[r]) for r in chunk] if decoding.temperature else []
-        said = _decode(engine, target, [rows[r] for r in chunk], walked, decoding, samplers)
-        for k, r in enumerate(chunk):
-            found[r] = Generated(said[k], walked.logits[k, 0], float(walked.norm_ratio[k]))
-        done(len(chunk))
+    for r, one in stream(engine, requests, decoding, route=route, at_most=at_most):
+        found[r] = one
+        done(1)
     return [found[r] for r in range(len(rows))]
 
 
-def rows_at_once(engine: Engine, length: int) -> int:
-    """Rows of `length` tokens whose keys, values and logits fit into an eighth of the free memory; at most 1024."""
-    number = next(engine.model.parameters()).element_size()
-    d_model = engine.config.get_text_config(decoder=True).hidden_size
-    row = 3 * engine.n_layers * 2 * d_model * length * number + 3 * 4 * engine.vocab
-    free = torch.cuda.mem_get_info(engine.device)[0] if engine.device.type == "cuda" else 8 * 2**30
-    return max(1, min(1024, free // 8 // row))
+def stream(
+    engine: Engine,
+    requests: Sequence[Request],
+    decoding: Decoding,
+    *,
+    route: Route = "stairs",
+    at_most: int | None = None,
+    tell: Tell = _log.warning,
+) -> Iterator[tuple[int, Generated]]:
+    """(number of the request, its result), as rows finish. `at_most`: rows at a time; `tell` hears when memory ran out.
+
+    ResourceError if a single row does not fit.
+    """
+    alike = _alike(requests, sampled=decoding.temperature > 0)
+    firsts = list(alike)
+    packs = pack(
+        [wish_of(engine, requests[k].target, requests[k].row) for k in firsts],
+        ragged=engine.packing.ragged and route == "stairs",
+        steps=decoding.max_new_tokens,
+        slack=pass_cost(engine) * decoding.max_new_tokens,
+        d_model=engine.d_model,
+        **({"most_tokens": 0} if engine.given is not None else {}),  # images belong to one prompt
+    )
+    at_most = at_most or ROWS.get(engine.device.type, ROWS["cuda"])
+    for one in packs:
+        work = _Work(engine, one, [requests[k] for k in firsts], decoding, route, at_most, tell)
+        run = work.spoken() if decoding.max_new_tokens > 1 and route != "hooks" else work.read()
+        for k, found in run:
+            for same in alike[firsts[k]]:
+                yield same, found
 
 
-def _decode(
-    engine: Engine, target: Tensor, rows: Sequence[Row], walked: Walked, decoding: Decoding, samplers: list[torch.Generator]
-) -> list[list[int]]:
-    last = target.shape[1] - 1
-    said: list[list[int]] = [[] for _ in rows]
-    alive, logits, cache = list(range(len(rows))), walked.logits[:, 0], walked.cache
-    for step in range(decoding.max_new_tokens):
-        chosen = choose(logits, [samplers[r] for r in alive] if samplers else [], decoding.temperature)
-        going = []
-        for k, token in enumerate(chosen.tolist()):
-            if token in decoding.end:
+def _alike(requests: Sequence[Request], *, sampled: bool) -> dict[int, list[int]]:
+    """Requests that give the same, by the first of them. Sampled ones differ by their seeds."""
+    keys = same_rows([request.row for request in requests])
+    groups: dict[tuple, list[int]] = {}
+    for k, request in enumerate(requests):
+        groups.setdefault((request.target, keys[k], request.seed if sampled else 0), []).append(k)
+    return {some[0]: some for some in groups.values()}
+
+
+class _Work:
+    """One pack: its stem, and the rows that wait."""
+
+    def __init__(
+        self, engine: Engine, one: Pack, requests: Sequence[Request], decoding: Decoding, route: Route, at_most: int, tell: Tell
+    ):
+        self.engine, self.decoding, self.route, self.requests = engine, decoding, route, requests
+        numbers = {ids: t for t, ids in enumerate(one.targets)}
+        self.rows = {k: replace(requests[k].row, target=numbers[requests[k].target]) for k in one.wishes}
+        width = max(map(len, one.targets))
+        targets = torch.zeros(len(one.targets), width, dtype=torch.long)
+        mask = torch.zeros(targets.shape, dtype=torch.bool)
+        for t, ids in enumerate(one.targets):
+            targets[t, width - len(ids) :] = torch.tensor(ids)
+            mask[t, width - len(ids) :] = True
+        self.last = width - 1
+        self.stem = Stem(
+            engine,
+            targets.to(engine.device),
+            list(self.rows.values()),
+            route=route,
+            caching=decoding.max_new_tokens > 1,
+            mask=None if bool(mask.all()) else mask.to(engine.device),
+            shared=None,
+            room=decoding.max_new_tokens - 1,
+        )
+        # rows that skip as many blocks run together
+        self.waiting = deque(sorted(self.rows, key=lambda k: self.stem.join(self.rows[k])))
+        if route != "hooks":
+            self.stem.prepare()
+        self.room = Room(engine.device, self._estimate(), at_most=at_most, tell=tell)
+
+    def _estimate(self) -> float:
+        """Bytes of one row: what it owns of keys and values, the activations of a block, and the logits about three times over."""
+        stem = self.stem
+        later = 0.0 if stem.base is None else row_bytes(stem.base.cache, stem.room + 1, whole=stem.caching)
+        return later + activation_bytes(self.engine, stem.suffix, self.last + 1) + 3.0 * 4 * self.engine.vocab
+
+    def _later(self) -> float:
+        """Bytes by which the buffers of a row grow after it has begun."""
+        if self.stem.base is None:
+            return 0.0
+        whole, begun = (row_bytes(self.stem.base.cache, n, whole=True) for n in (self.stem.room, min(self.stem.room, FEW)))
+        return whole - begun
+
+    def _take(self, n: int) -> list[int]:
+        return [self.waiting.popleft() for _ in range(min(n, len(self.waiting)))]
+
+    def _walk(self, some: list[int], *, caching: bool) -> Walked:
+        return self.stem.walk([self.rows[k] for k in some], [self.last], caching=caching)
+
+    def read(self) -> Iterator[tuple[int, Generated]]:
+        """The next token of every row (and, by full passes for every token, those after it: route "hooks")."""
+        while self.waiting:
+            some = self._take(self.room.rows())
+            walked = None
+            try:
+                with self.room.running(len(some), more=bool(self.waiting)):
+                    walked = self._walk(some, caching=False)
+            except (RuntimeError, MemoryError) as error:
+                self._give_back(some, error)
+            if walked is None:
                 continue
-            text = said[alive[k]]
-            text.append(token)
-            cut = decoding.stop(text) if decoding.stop else None
-            if cut is not None:
-                del text[cut:]
+            speech = Speech(replace(self.decoding, max_new_tokens=1), walked.logits.device)
+            speech.enter(some, [self.requests[k].seed for k in some], walked.logits[:, 0])
+            if self.decoding.max_new_tokens > 1:
+                yield from self._rerun(some, walked)
                 continue
-            going.append(k)
-        if not going or step + 1 == decoding.max_new_tokens:
-            break
-        if len(going) < len(alive):
-            alive = [alive[k] for k in going]
-            chosen = chosen[going]
-            if cache is not None:
-                cache.reorder_cache(torch.tensor(going, device=chosen.device))
-        if cache is not None:
-            logits = engine.forward(chosen[:, None], offset=last + 1 + step, cache=cache, keep=[0])[:, 0]
-        else:
-            logits = torch.stack([_rerun(engine, target, rows[r], said[r]) for r in alive])
-    return said
+            speech.look()
+            texts, _ = speech.leave()
+            for k, ratio, logits in zip(some, walked.norm_ratio.tolist(), walked.logits[:, 0], strict=True):
+                yield k, Generated(texts[k], logits, ratio)
 
+    def _rerun(self, some: list[int], walked: Walked) -> Iterator[tuple[int, Generated]]:
+        """The whole text again for every token, patched at the same absolute position."""
+        for n, k in enumerate(some):
+            speech, logits = Speech(self.decoding, walked.logits.device), walked.logits[n]
+            speech.enter([k], [self.requests[k].seed], logits)
+            said = list(self.requests[k].target)
+            while not speech.look():
+                said += speech.last().tolist()
+                row = replace(self.rows[k], target=0)
+                ids = torch.tensor([said], device=self.engine.device)
+                speech.hear(Stem(self.engine, ids, [row], route="hooks").walk([row], [len(said) - 1]).logits[:, 0])
+            yield k, Generated(speech.leave()[0][k], logits[0], float(walked.norm_ratio[n]))
 
-def _rerun(engine: Engine, target: Int[Tensor, "1 pos"], row: Row, said: list[int]) -> Float[Tensor, " vocab"]:
-    """Route "hooks": the whole text again, patched at the same absolute position."""
-    text = torch.cat([target, torch.tensor([said], device=target.device)], 1)
-    return Stem(engine, text, [row], route="hooks").walk([row], [text.shape[1] - 1]).logits[0, 0]
+    def spoken(self) -> Iterator[tuple[int, Generated]]:
+        """All tokens of every row."""
+        batch, speech, begun = self._empty()
+        while self.waiting or len(speech):
+            newcomers: list[int] = []
+            texts: dict[int, list[int]] = {}
+            try:
+                with self.stem.attending():
+                    places = self._places(len(speech))
+                    if places:
+                        newcomers = self._take(places)
+                        with self.room.running(len(newcomers), more=bool(self.waiting), later=self._later()):
+                            self._begin(newcomers, batch, speech, begun)
+                        newcomers = []
+                    texts = self._go_on(batch, speech)
+            except (RuntimeError, MemoryError) as error:
+                unfinished = [*speech.who, *newcomers]
+                batch, speech, begun = self._empty()
+                self._give_back(list(dict.fromkeys(unfinished)), error)
+            for k, text in texts.items():
+                yield k, Generated(text, *begun.pop(k))
 
+    def _empty(self) -> tuple[Batch, Speech, dict[int, tuple[Tensor, float]]]:
+        return Batch(self.stem), Speech(self.decoding, self.engine.device), {}
 
-def choose(logits: Float[Tensor, "row vocab"], samplers: list[torch.Generator], temperature: float) -> Int[Tensor, " row"]:
-    """Greedy, or by the Gumbel trick: argmax of logits / temperature − log(−log u)."""
-    if not samplers:
-        return logits.argmax(-1)
-    u = torch.stack([torch.rand(logits.shape[-1], generator=sampler) for sampler in samplers]).clamp(1e-10, 1 - 1e-7)
-    return (logits.float() / temperature - (-u.log()).log().to(logits.device)).argmax(-1)
+    def _places(self, present: int) -> int:
+        """How many rows may begin now. Into a batch that is under way only where the model allows it, and some at a time."""
+        if not self.waiting or (present and not self.engine.packing.gaps):
+            return 0
+        most = self.room.rows()
+        places = most - present
+        return places if places >= min(len(self.waiting), max(1, most // 4)) else 0
+
+    def _begin(self, some: list[int], batch: Batch, speech: Speech, begun: dict[int, tuple[Tensor, float]]) -> None:
+        walked = self._walk(some, caching=True)
+        batch.enter([self.rows[k].target for k in some], walked.cache)
+        speech.enter(some, [self.requests[k].seed for k in some], walked.logits[:, 0])
+        begun.update(zip(some, zip(walked.logits[:, 0], walked.norm_ratio.tolist(), strict=True), strict=True))
+
+    def _go_on(self, batch: Batch, speech: Speech) -> dict[int, list[int]]:
+        """Step by step until rows leave: their texts."""
+        while True:
+            if speech.look(waiting=bool(self.waiting) and self.engine.packing.gaps):
+                texts, stay = speech.leave()
+                if stay:
+                    batch.keep(stay)
+                else:
+                    batch.__init__(self.stem)
+                return texts
+            speech.hear(batch.forward(speech.last()))
+
+    def _give_back(self, some: list[int], error: BaseException) -> None:
+        """Rows that did not fit wait again. Any other error is raised."""
+        if not is_out_of_memory(error):
+            raise error
+        self.waiting.extendleft(reversed(some))
+        self.room.failed(len(some), error.with_traceback(None))

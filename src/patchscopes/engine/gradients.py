@@ -86,9 +86,13 @@ def gradients(
     """See `Model.gradients`. Edits of one value (one Edit over several prompts or sites) share its gradient."""
     refuse_quantised(engine.model)
     if any(site.name == "state" for site in (*sites, *(e.site for e in edits))):
-        raise RefusedError("gradients at recurrent states are not taken: they live in the cache, between passes. Take attn_in instead")
+        raise RefusedError(
+            "gradients at recurrent states are not taken: they live in the cache, between passes. Take attn_in instead"
+        )
     if len({p.shape[1] for p in prompts}) > 1 and not padding_exact:
-        raise RefusedError("on this model a padded row is not what it would be alone: take gradients of prompts of one length together")
+        raise RefusedError(
+            "on this model a padded row is not what it would be alone: take gradients of prompts of one length together"
+        )
     if checkpoint is None:
         try:
             return _gradients(engine, prompts, metric, sites, edits, coordinates, False)
@@ -136,7 +140,9 @@ def _check_metric(value: Any, rows: int) -> None:
         shape = tuple(value.shape) if torch.is_tensor(value) else type(value).__name__
         raise InputError(f"the metric gave {shape}; expected one number for each prompt, ({rows},), or one for all, ()")
     if not value.requires_grad:
-        raise InputError("the metric does not depend on the run through anything that has a gradient; expected a function of its values")
+        raise InputError(
+            "the metric does not depend on the run through anything that has a gradient; expected a function of its values"
+        )
 
 
 @contextmanager
@@ -197,7 +203,9 @@ def jvp(
         return Tangents(side_by_side([b.run for b in both], longest), side_by_side([b.moved for b in both], longest))
     batch = batched(prompts, engine.device)
     try:
-        with warnings.catch_warnings():  # torch 2.13 compiles its rules for forward-mode by a function that it has deprecated itself
+        with (
+            warnings.catch_warnings()
+        ):  # torch 2.13 compiles its rules for forward-mode by a function that it has deprecated itself
             warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=DeprecationWarning)
             values, moved = _forward_mode(engine, batch, site, tangent, sites)
     except NotImplementedError:
@@ -258,7 +266,9 @@ def _twice_backward(
         for which, out in outs.items():
             u = torch.zeros_like(out, requires_grad=True)
             (back,) = torch.autograd.grad(out, x, u, create_graph=True, retain_graph=True, allow_unused=True)
-            known = None if back is None else torch.autograd.grad((back * along).sum(), u, retain_graph=True, allow_unused=True)[0]
+            known = (
+                None if back is None else torch.autograd.grad((back * along).sum(), u, retain_graph=True, allow_unused=True)[0]
+            )
             moved[which] = torch.zeros_like(out) if known is None else known.detach()
     return {which: out.detach() for which, out in outs.items()}, moved
 
@@ -268,7 +278,7 @@ def refuse_quantised(model: nn.Module) -> None:
     quantised = getattr(getattr(model, "config", None), "quantization_config", None)
     odd = next((n for n, p in model.named_parameters() if not p.is_floating_point() and p.numel() > 1), None)
     if quantised is not None or odd is not None:
-        what = f"its weights are quantised ({type(quantised).__name__})" if quantised is not None else f"{odd} holds whole numbers"
+        what = (
+            f"its weights are quantised ({type(quantised).__name__})" if quantised is not None else f"{odd} holds whole numbers"
+        )
         raise RefusedError(f"gradients are refused on this model: {what}; load it in float32, bfloat16 or float16")
-
-

@@ -106,7 +106,9 @@ def find_parts(model: Any, anatomy: Anatomy, forward: Callable[[], Tensor]) -> A
     plain = forward()
     seen, asked, through_ours = _watch(model, forward)
     off = float((through_ours - plain).float().abs().max() / plain.float().abs().max())
-    ours = off <= OURS.get(plain.dtype, 1e-4)  # not so where sparse attention (DeepSeek-V3.2) chooses keys by the form of the mask
+    ours = off <= OURS.get(
+        plain.dtype, 1e-4
+    )  # not so where sparse attention (DeepSeek-V3.2) chooses keys by the form of the mask
     inside = [_inside(block, path, seen) for block, path in ((b, f"{anatomy.blocks_path}.{i}.") for i, b in enumerate(blocks))]
     parts = [_parts_of(inside[b], asked if ours else {}, anatomy.writers[b]) for b in range(len(blocks))]
     for b, p in enumerate(parts):  # attention in the model's own code: in the module found, or in one of the block's children
@@ -300,7 +302,9 @@ def as_norm(one: _Seen) -> Norm | None:
         return None
     width = one.read.shape[-1]
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(16, width, generator=generator) * torch.logspace(-4, 1, 16)[:, None] + 0.1 * torch.randn(16, 1, generator=generator)
+    x = torch.randn(16, width, generator=generator) * torch.logspace(-4, 1, 16)[:, None] + 0.1 * torch.randn(
+        16, 1, generator=generator
+    )
     x = x.to(one.read)
     try:
         out = one.module.forward(x).double()

@@ -1,36 +1,43 @@
 """Patched runs that compute only what the patch changes.
 
-Rows share one target prompt T up to the first patched position. Each row has a layer ℓ*, a position i* and a vector.
+Rows continue target prompts T. Each row has a layer ℓ*, a position i* and a vector.
 
-    prefix   T before the first i*: one pass, one row, a cache
-    base     the rest of T, unpatched: h[ℓ] of its positions for every ℓ, and the keys and values of all blocks
-    walk     one pass up the blocks: a row joins at its ℓ* with base's h[ℓ*], in which its vector is written; blocks below the
+    prefix   all T before the first i*: one pass, a row for each different beginning, a cache
+    base     the rest of every T, unpatched: h[ℓ] of its positions for every ℓ, and the keys and values of all blocks
+    walk     one pass up the blocks: a row joins at its ℓ* with its base's h[ℓ*], in which its vector is written; blocks below the
              lowest ℓ* are bypassed; a block sees as many rows as have joined
-    splice   keys and values of the blocks below a row's ℓ* are base's; now every row owns all blocks, and can go on
+    splice   keys and values of the blocks below a row's ℓ* are its base's; now every row owns all blocks, and can go on
 
 An edit is made once, in the prompt pass; later tokens see it through the cache, which equals patching the same absolute position
 again at every step. Routes: "stairs" as above; "whole" without a prefix, for models that cannot continue a prompt exactly;
 "hooks", the full pass for every row, for models that can do neither (and the oracle of the tests).
 
-For teacher-forced scoring the rows may continue T by different texts: `targets` then has one row a text, padded on the right,
-where causal models do not look.
+Targets of different lengths are padded on the left to one width; what a row calls position i is column pad + i. For teacher-forced
+scoring rows continue a prompt by different texts: targets are then padded on the right, where causal models do not look.
+
+Where the model can, rows share the prefix (`shared_prefix`) and attend through `attend`. Each then makes scores [head, query, key] of
+its own, which a fused kernel would not: rows share where the prefix is at least as long as the rest, and copies would be large.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from patchscopes.core.edits import Write, written
 from patchscopes.core.sites import Site
+from patchscopes.engine.attention import switched
 from patchscopes.engine.caches import fork, splice
 from patchscopes.engine.engine import Engine, Reading, SharedKV
-from patchscopes.engine.hooks import Handle, hooked
+from patchscopes.engine.hooks import Handle, hooked, on_output
+from patchscopes.engine.packing import Wish
+from patchscopes.engine.shared_prefix import Seats
 
 Route = Literal["stairs", "whole", "hooks"]
 ROUTES: tuple[Route, ...] = ("stairs", "whole", "hooks")
@@ -50,6 +57,22 @@ class Row:
     target: int = 0
 
 
+def same_rows(rows: Sequence[Row]) -> list[tuple]:
+    """A key for every row: rows of equal keys make the same of one target. Vectors are compared bit by bit."""
+    by_shape: dict[tuple, list[int]] = {}
+    for r, row in enumerate(rows):
+        if row.value is not None:
+            by_shape.setdefault((tuple(row.value.shape), row.value.dtype, row.value.device), []).append(r)
+    keys: list[tuple] = [("nothing",)] * len(rows)
+    for some in by_shape.values():
+        values = torch.stack([value for r in some if (value := rows[r].value) is not None]).flatten(1).contiguous()
+        for r, value in zip(
+            some, values.cpu().view(torch.uint8).numpy(), strict=True
+        ):  # one copy for all, where a GPU holds them
+            keys[r] = (rows[r].site, rows[r].position, rows[r].write, str(values.dtype), value.tobytes())
+    return keys
+
+
 @dataclass(frozen=True)
 class Walked:
     """What a pass leaves behind.
@@ -64,8 +87,22 @@ class Walked:
     cache: Any
 
 
+@dataclass(eq=False)
+class Base:
+    """What unpatched targets leave: caches of the prefix and of all of them, and h of the rest. Never written to again."""
+
+    prefix: Any
+    cache: Any
+    reading: Reading
+
+
 class Stem:
-    """What all rows of one target prompt share: the prefix and the unpatched base run. Serves any number of walks."""
+    """What rows share: the prefix and the unpatched base run of their targets. Serves any number of walks.
+
+    mask     [target, pos], True at real tokens; None: all are. Padding is on the left
+    shared   rows share the prefix, and their caches can only be used inside `attending`; None: where the model can and it pays
+    caching  the walks leave caches to go on with, of at most `room` tokens behind the targets
+    """
 
     def __init__(
         self,
@@ -75,30 +112,78 @@ class Stem:
         *,
         route: Route = "stairs",
         caching: bool = True,
+        mask: Bool[Tensor, "target pos"] | None = None,
+        shared: bool | None = False,
+        room: int = 0,
     ):
-        self.engine, self.targets, self.route = engine, targets, route
-        self.start = min(row.position for row in rows)
-        if len(targets) > 1:  # texts differ from somewhere on; the prefix must not reach that far
-            self.start = min(self.start, _common_prefix(targets))
-        self.start = engine.start(targets, self.start) if route == "stairs" else 0
-        self.prefix = engine.new_cache() if self.start or caching else None
-        self.base_cache: Any = None
-        self.base: Reading | None = None
-        self.layers = sorted({self.join(row) for row in rows})
+        self.engine, self.targets, self.route, self.mask, self.room = engine, targets, route, mask, room
+        self.pads = [0] * len(targets) if mask is None else (~mask).sum(1).tolist()
+        width = targets.shape[1]
+        self.start = 0
+        if route == "stairs":
+            self.start = engine.start(targets, min(row.position + self.pads[row.target] for row in rows))
+        self.shared = self.start > 0 and (shared if shared is not None else self._sharing_pays())
+        beginnings = [tuple(ids) for ids in targets[:, : self.start].tolist()] if len(targets) > 1 else [()]
+        if mask is not None:
+            beginnings = list(zip(beginnings, (min(pad, self.start) for pad in self.pads), strict=True))
+        numbers = {beginning: k for k, beginning in enumerate(dict.fromkeys(beginnings))}
+        self.prompt_of = [numbers[beginning] for beginning in beginnings]  # of each target
+        self.caching = caching
+        self.cached = route != "hooks" and bool(self.start or caching)
+        self.layers = list(range(engine.n_layers + 1)) if engine.store is not None else sorted({self.join(row) for row in rows})
+        self.suffix = width - self.start
+        self.base: Base | None = None
+
+    def _sharing_pays(self) -> bool:
+        return self.engine.packing.shared_prefix and 2 * self.start >= self.targets.shape[1]
+
+    @contextmanager
+    def attending(self) -> Iterator[None]:
+        """Inside, the model attends as the rows of this stem need it."""
+        with switched(self.engine.model) if self.shared else nullcontext():
+            yield
 
     @torch.no_grad()
-    def prepare(self) -> None:
+    def prepare(self) -> Base:
         """Run the prefix and the base, once. Of the base's logits nothing is wanted, so only one position is unembedded."""
-        engine = self.engine
-        if self.route == "hooks" or self.base is not None:
-            return
-        if self.start:
-            engine.forward(self.targets[:1, : self.start], cache=self.prefix, keep=[self.start - 1])
-        if self.prefix is not None:
-            everyone = torch.zeros(len(self.targets), dtype=torch.long, device=self.targets.device)
-            self.base_cache = fork(self.prefix, [everyone] * engine.n_layers)
-        suffix = self.targets[:, self.start :]
-        self.base = engine.read(suffix, self.layers, offset=self.start, cache=self.base_cache, keep=[suffix.shape[1] - 1])
+        if self.base is not None:
+            return self.base
+        key, store = (self.targets, self.mask, self.start, self.shared, self.cached), self.engine.store
+        self.base = base = self._run_base() if store is None else store.get(key, self._run_base)
+        return base
+
+    def _run_base(self) -> Base:
+        engine, start = self.engine, self.start
+        prefix = engine.new_cache() if self.cached else None
+        device = self.targets.device
+        if start:  # through the model's own attention: a long prefix would make large scores
+            first = [self.prompt_of.index(k) for k in range(max(self.prompt_of) + 1)]
+            mask, positions = self._real(first, 0, start)
+            engine.forward(self.targets[first, :start], cache=prefix, keep=[start - 1], mask=mask, positions=positions)
+        cache = None
+        everyone = list(range(len(self.targets)))
+        if prefix is not None:
+            seats = Seats(self.prompt_of, max(self.prompt_of) + 1, device)
+            cache = fork(prefix, [seats] * engine.n_layers, shared=self.shared, rows=0, room=self.suffix)
+        mask, positions = self._real(everyone, start, self.targets.shape[1])
+        with self.attending():
+            reading = engine.read(
+                self.targets[:, start:],
+                self.layers,
+                offset=start,
+                cache=cache,
+                keep=[self.suffix - 1],
+                mask=mask,
+                positions=positions,
+            )
+        return Base(prefix, cache, reading)
+
+    def _real(self, targets: Sequence[int], start: int, stop: int) -> tuple[Tensor | None, Tensor | None]:
+        """Attention mask up to column `stop` and positions of columns [start, stop) for rows of these targets; None without padding."""
+        if self.mask is None:
+            return None, None
+        mask = self.mask[list(targets), :stop].long()
+        return mask, (mask.cumsum(-1) - 1).clamp(min=0)[:, start:]
 
     def join(self, row: Row) -> int:
         """The layer at which a row leaves the base run."""
@@ -106,32 +191,37 @@ class Stem:
 
     @torch.no_grad()
     def walk(self, rows: Sequence[Row], keep: Sequence[int], *, caching: bool = False) -> Walked:
-        """Run `rows` from their ℓ* on. `keep`: positions of the targets whose logits are wanted."""
+        """Run `rows` from their ℓ* on. `keep`: columns of the targets whose logits are wanted."""
         if self.route == "hooks":
             return self._walk_by_hooks(rows, keep)
-        self.prepare()
-        engine, base, start = self.engine, self.base, self.start
-        assert base is not None
+        with self.attending():
+            return self._walk_stairs(rows, keep, caching=caching)
+
+    def _walk_stairs(self, rows: Sequence[Row], keep: Sequence[int], *, caching: bool) -> Walked:
+        base = self.prepare()
+        engine, reading, start = self.engine, base.reading, self.start
         order = sorted(range(len(rows)), key=lambda r: self.join(rows[r]))  # the first to join come first
         some = [rows[r] for r in order]
         device = self.targets.device
-        target_of = torch.tensor([row.target for row in some], device=device)
+        targets = [row.target for row in some]
+        target_of = torch.tensor(targets, device=device)
         joins = [self.join(row) for row in some]
         n, first = len(some), joins[0]
         present = [sum(join <= layer for join in joins) for layer in range(engine.n_layers + 1)]
         ratios = torch.ones(n, device=device)
 
-        cache = None
-        if self.prefix is not None:
-            alone = torch.zeros(n, dtype=torch.long, device=device)
-            cache = fork(self.prefix, [alone[: max(k, 1)] for k in present[:-1]])
+        cache, seats = None, Seats([self.prompt_of[t] for t in targets], max(self.prompt_of) + 1, device)
+        if base.prefix is not None:
+            seated = {k: seats if k == n else seats.take(range(max(k, 1))) for k in set(present)}
+            each = [seated[k] for k in present[:-1]]
+            cache = fork(base.prefix, each, shared=self.shared, rows=n if caching else 0, room=self.suffix + self.room)
 
         def enter(layer: int) -> Handle:
             old = 0 if layer == first else present[layer - 1]
             newcomers = slice(old, present[layer])
 
             def change(x: Tensor) -> Tensor:
-                fresh = base.h[layer]
+                fresh = reading.h[layer]
                 fresh = fresh.index_select(-3, target_of[newcomers].to(fresh.device))
                 x = torch.cat([x.narrow(-3, 0, old).to(fresh.device), fresh], -3)
                 self._write(x, some, newcomers, "resid", ratios)
@@ -142,7 +232,7 @@ class Stem:
         def share(layer: int) -> Handle:
             old = 0 if layer == first else present[layer - 1]
 
-            return engine.joining(layer, old, _rows_of_shared(base.shared[layer], target_of[old : present[layer]]))
+            return engine.joining(layer, old, _rows_of_shared(reading.shared[layer], target_of[old : present[layer]]))
 
         def inside(site: Site) -> Handle:
             def change(x: Tensor) -> Tensor:
@@ -152,23 +242,42 @@ class Stem:
 
             return engine.at_site(site, change)
 
+        def forget(cache: Any, block: int) -> Handle:
+            """A readout goes on from no cache: only one block's keys and values of rows live at a time."""
+
+            def drop(_x: Tensor) -> None:
+                cache.layers[block] = base.prefix.layers[block]
+
+            return on_output(engine.blocks[block], drop)
+
         arrivals = sorted(set(joins))
         hooks = [engine.narrowing(b, present[b]) for b in range(first, engine.n_layers)]
         hooks += [enter(layer) for layer in arrivals]
-        hooks += [share(layer) for layer in arrivals if layer < engine.n_layers and base.shared.get(layer)]
+        hooks += [share(layer) for layer in arrivals if layer < engine.n_layers and reading.shared.get(layer)]
         hooks += [
             inside(site) for site in sorted({row.site for row in some if row.value is not None and row.site.name != "resid"})
         ]
-        shared = _rows_of_shared(base.shared.get(first, {}), target_of[: present[first]])
-        ids = self.targets[target_of, start:]
+        if cache is not None and not caching:
+            hooks += [forget(cache, block) for block in range(first, engine.n_layers)]
+        shared = _rows_of_shared(reading.shared.get(first, {}), target_of)
+        mask, positions = self._real(targets, start, self.targets.shape[1])
         with engine.bypassing(first, shared), hooked(hooks):
-            logits = engine.forward(ids, offset=start, cache=cache, keep=[k - start for k in keep])
+            logits = engine.forward(
+                self.targets[target_of, start:],
+                offset=start,
+                cache=cache,
+                keep=[k - start for k in keep],
+                mask=mask,
+                positions=positions,
+            )
         if caching and cache is not None:
-            splice(cache, self.base_cache, present[:-1], target_of)
-        back = torch.tensor(order, device=device).argsort()
-        if caching and cache is not None:
-            cache.reorder_cache(back)
-        return Walked(logits[back.to(logits.device)], ratios[back], cache if caching else None)
+            splice(cache, base.cache, present[:-1], seats, targets)
+        if order != list(range(n)):
+            back = torch.tensor(order, device=device).argsort()
+            logits, ratios = logits[back.to(logits.device)], ratios[back]
+            if caching and cache is not None:
+                cache.reorder_cache(back)
+        return Walked(logits, ratios, cache if caching else None)
 
     def _write(self, x: Tensor, rows: list[Row], which: slice, name: str, ratios: Tensor, block: int | None = None) -> None:
         """Write the vectors of rows `which` with a site called `name` (in `block`) into x, a tensor of ours."""
@@ -180,7 +289,7 @@ class Stem:
         for write in {rows[r].write for r in mine}:
             some = [r for r in mine if rows[r].write == write]
             index = torch.tensor(some, device=x.device)
-            place = torch.tensor([rows[r].position - self.start for r in some], device=x.device)
+            place = torch.tensor([rows[r].position + self.pads[rows[r].target] - self.start for r in some], device=x.device)
             old = x[..., index, place, :]
             new = written(torch.stack([rows[r].value for r in some], -2).to(x), old, write)  # type: ignore[arg-type]
             x[..., index, place, :] = new
@@ -213,12 +322,32 @@ def _rows_of_shared(shared: SharedKV, index: Tensor) -> SharedKV:
     return {name: tuple(t.index_select(0, index.to(t.device)) for t in pair) for name, pair in shared.items()}
 
 
-def _common_prefix(targets: Int[Tensor, "target pos"]) -> int:
-    same = (targets == targets[:1]).all(0).long()
-    return max(0, min(int(same.cumprod(0).sum()), targets.shape[1] - 1))
+def wish_of(engine: Engine, ids: tuple[int, ...], row: Row) -> Wish:
+    """What `packing` needs to know of a row."""
+    join = engine.n_layers if row.value is None else row.site.index
+    return Wish(ids, len(ids) - row.position, 1 - join / engine.n_layers)
+
+
+def pass_cost(engine: Engine) -> float:
+    """Tokens that a pass costs beside its own: weights are read once a pass, and a GPU is told every step of it."""
+    return 16.0 if engine.device.type == "cpu" else 256.0
+
+
+def activation_bytes(engine: Engine, tokens: int, keys: int) -> float:
+    """Bytes that a row's `tokens` take inside a block, rather too many: residual, projections, MLP, scores over `keys`."""
+    config = engine.config.get_text_config(decoder=True)
+    number = next(engine.model.parameters()).element_size()
+    d_ff = max(_numbers(getattr(config, "intermediate_size", None)) or [4 * engine.d_model])
+    heads = max(_numbers(getattr(config, "num_attention_heads", None)) or [1])
+    return tokens * ((6.0 * engine.d_model + 2 * d_ff) * number + 3 * 4 * heads * keys)
+
+
+def _numbers(entry: object) -> list[int]:
+    """An entry of a config: one number, or one a block (Gemma-3n), or none."""
+    return [entry] if isinstance(entry, int) else [n for n in entry if isinstance(n, int)] if isinstance(entry, list) else []
 
 
 def next_logits(engine: Engine, target: Int[Tensor, "1 pos"], rows: Sequence[Row], route: Route) -> Float[Tensor, "row vocab"]:
     """Logits after the last token of `target`, for every row."""
     last = target.shape[1] - 1
-    return Stem(engine, target, rows, route=route, caching=False).walk(rows, [last]).logits[:, 0]
+    return Stem(engine, target, rows, route=route, caching=False, shared=None).walk(rows, [last]).logits[:, 0]

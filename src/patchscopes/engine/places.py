@@ -62,7 +62,11 @@ def at_sites(engine: Engine, changes: Mapping[Site, Change], current: Current | 
     """
     current = current or Current()
     handles: list[Handle] = []
-    inner = [site for site in changes if site.name not in ("resid", "attn_out", "mlp_out", "embed", "final_norm", "final_scale", "logits")]
+    inner = [
+        site
+        for site in changes
+        if site.name not in ("resid", "attn_out", "mlp_out", "embed", "final_norm", "final_scale", "logits")
+    ]
     if inner:
 
         def enter(b: int) -> Handle:
@@ -226,7 +230,9 @@ def _shaped(engine: Engine, block: int, hook: Any, change: Change) -> Handle:
         new = change(x.reshape(*shape[-1], -1))
         return None if new is None else new.reshape(x.shape)
 
-    return all_of(on_arguments(engine.blocks[block], lambda args, _kw: shape.append(engine.rows_and_columns(args[0]))), hook(shaped))
+    return all_of(
+        on_arguments(engine.blocks[block], lambda args, _kw: shape.append(engine.rows_and_columns(args[0]))), hook(shaped)
+    )
 
 
 def _at_scale(norm: Norm, change: Change) -> Handle:

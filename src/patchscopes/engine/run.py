@@ -178,9 +178,7 @@ def _token_by_token(engine: Engine, batch: Batch, watch: Watch) -> Run:
         for site in found:
             if site.name != "state":
                 found[site].append(watch.values[site].clone())
-    values = {
-        site: torch.cat(some, 1) if site.name == "state" else _edges_or(some, site, length) for site, some in found.items()
-    }
+    values = {site: torch.cat(some, 1) if site.name == "state" else _edges_or(some, site, length) for site, some in found.items()}
     return Run(torch.cat(logits, 1), batch.mask, values, engine.n_layers)
 
 

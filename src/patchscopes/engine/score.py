@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from patchscopes.engine.engine import Engine
-from patchscopes.engine.patch import Route, Row, Stem
+from patchscopes.engine.memory import Room, Tell, is_out_of_memory
+from patchscopes.engine.packing import Wish, pack
+from patchscopes.engine.patch import Route, Row, Stem, activation_bytes, pass_cost, wish_of
 
 LOGITS_AT_ONCE = 2**26  # numbers, 256 MiB in float32: rows · tokens · vocabulary of one pass
+ROWS = 4096  # at a time at most
+
+_log = logging.getLogger(__name__)
 
 
-@torch.no_grad()
+@dataclass(frozen=True, eq=False)
+class Case:
+    """`text` after the ids `target`, under the edit of `row` (whose `target` does not count)."""
+
+    target: tuple[int, ...]
+    row: Row
+    text: Sequence[int]
+
+
 def score(
     engine: Engine, target: Int[Tensor, "1 pos"], rows: Sequence[Row], texts: Sequence[Sequence[int]], *, route: Route = "stairs"
 ) -> list[Float[Tensor, " step"]]:
@@ -22,24 +37,64 @@ def score(
 
     Equal to the log-probabilities that `generate` saw while it said the text. An empty text gives an empty tensor.
     """
-    last = target.shape[1] - 1
-    found: list[Tensor] = [torch.zeros(0)] * len(rows)
-    todo = sorted((r for r in range(len(rows)) if len(texts[rows[r].target])), key=lambda r: len(texts[rows[r].target]))
-    while todo:
-        longest = len(texts[rows[todo[-1]].target])
-        chunk = todo[-max(1, LOGITS_AT_ONCE // (longest * engine.vocab)) :]
-        del todo[-len(chunk) :]
-        used = sorted({rows[r].target for r in chunk})
-        # the last token of a text is predicted, never read
-        ids = torch.zeros(len(used), last + longest, dtype=target.dtype, device=target.device)
-        ids[:, : last + 1] = target
-        for k, t in enumerate(used):
-            ids[k, last + 1 : last + len(texts[t])] = torch.tensor(texts[t][:-1], device=target.device)
-        mine = [Row(rows[r].site, rows[r].position, rows[r].value, rows[r].write, used.index(rows[r].target)) for r in chunk]
-        keep = range(last, last + longest)
-        logits = Stem(engine, ids, mine, route=route, caching=False).walk(mine, keep).logits
-        for k, r in enumerate(chunk):
-            text = torch.tensor(texts[rows[r].target], device=logits.device)
-            log_p = logits[k, : len(text)].float().log_softmax(-1)
-            found[r] = log_p.gather(-1, text[:, None])[:, 0].cpu()
+    ids = tuple(target[0].tolist())
+    found = dict(scores(engine, [Case(ids, row, texts[row.target]) for row in rows], route=route))
+    return [found[r] for r in range(len(rows))]
+
+
+@torch.no_grad()
+def scores(
+    engine: Engine, cases: Sequence[Case], *, route: Route = "stairs", tell: Tell = _log.warning
+) -> Iterator[tuple[int, Float[Tensor, " step"]]]:
+    """(number of the case, log p of each token of its text), as batches are done. ResourceError if a single case does not fit."""
+    yield from ((k, torch.zeros(0)) for k, case in enumerate(cases) if not len(case.text))
+    todo = [k for k, case in enumerate(cases) if len(case.text)]
+    wishes: list[Wish] = [wish_of(engine, cases[k].target, cases[k].row) for k in todo]
+    ragged = engine.packing.ragged and route == "stairs"
+    for one in pack(wishes, ragged=ragged, steps=1, slack=pass_cost(engine), d_model=engine.d_model):
+        waiting = sorted((todo[w] for w in one.wishes), key=lambda k: len(cases[k].text))  # the longest run first
+        room = Room(engine.device, _bytes(engine, cases[waiting[-1]]), at_most=ROWS, tell=tell)
+        while waiting:
+            longest = len(cases[waiting[-1]].text)
+            some = waiting[-max(1, min(room.rows(), LOGITS_AT_ONCE // (longest * engine.vocab))) :]
+            del waiting[-len(some) :]
+            found: list[Tensor] | None = None
+            try:
+                with room.running(len(some), more=bool(waiting)):
+                    found = _scored(engine, [cases[k] for k in some], route)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                waiting += some
+                room.failed(len(some), error.with_traceback(None))
+            if found is not None:
+                yield from zip(some, found, strict=True)
+
+
+def _scored(engine: Engine, cases: Sequence[Case], route: Route) -> list[Tensor]:
+    """One pass: a target is a prompt, padded on the left, with a text behind it, of which the last token is predicted and never read."""
+    width, longest = max(len(case.target) for case in cases), max(len(case.text) for case in cases)
+    number: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+    for case in cases:
+        number.setdefault((case.target, tuple(case.text)), len(number))
+    ids = torch.zeros(len(number), width + longest - 1, dtype=torch.long)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    for t, (prompt, text) in enumerate(number):
+        mask[t, : width - len(prompt)] = False
+        said = torch.tensor([*prompt, *text[:-1]])
+        ids[t, width - len(prompt) : width - len(prompt) + len(said)] = said
+    rows = [replace(case.row, target=number[case.target, tuple(case.text)]) for case in cases]
+    padded = None if bool(mask.all()) else mask.to(engine.device)
+    stem = Stem(engine, ids.to(engine.device), rows, route=route, caching=False, mask=padded, shared=None)
+    logits = stem.walk(rows, range(width - 1, width - 1 + longest)).logits
+    found = []
+    for k, case in enumerate(cases):
+        text = torch.tensor(case.text, device=logits.device)
+        log_p = logits[k, : len(text)].float().log_softmax(-1)
+        found.append(log_p.gather(-1, text[:, None])[:, 0].cpu())
     return found
+
+
+def _bytes(engine: Engine, case: Case) -> float:
+    suffix = len(case.target) - case.row.position + len(case.text)
+    return activation_bytes(engine, suffix, len(case.target) + len(case.text)) + 3.0 * 4 * engine.vocab * len(case.text)

@@ -26,10 +26,10 @@ from patchscopes.engine.continued import continued, stopping
 from patchscopes.engine.decompose import Decomposition, decompose
 from patchscopes.engine.edits import Placed
 from patchscopes.engine.engine import Engine
-from patchscopes.engine.generate import Decoding
 from patchscopes.engine.gradients import Gradients, Metric, Tangents, gradients, jvp
 from patchscopes.engine.places import shape_of
 from patchscopes.engine.run import Run, run
+from patchscopes.engine.speech import Decoding
 from patchscopes.model.checked import checked
 from patchscopes.model.tokens import Tokens, decoder_prompt, of_ids, show_ids, tokenize
 
@@ -49,6 +49,7 @@ class Model:
         self.capabilities.require("own_pass", "reading and patching")
         self.engine.given = None  # what an encoder–decoder was measured with
         self._given: dict[str, str] = {}
+        self.engine.packing = self.capabilities.packing
 
     def __repr__(self) -> str:
         parameters = sum(p.numel() for p in self.hf.parameters())

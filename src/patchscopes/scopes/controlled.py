@@ -22,7 +22,7 @@ from patchscopes.core.edits import Write
 from patchscopes.core.sites import Site
 from patchscopes.engine.generate import Generated
 from patchscopes.engine.patch import Row
-from patchscopes.engine.score import score
+from patchscopes.engine.score import Case, score, scores
 from patchscopes.maps import Map
 from patchscopes.model.model import Model
 from patchscopes.model.tokens import Tokens
@@ -205,14 +205,14 @@ def _under_vectors(
             rows.append(Row(site, place, vector, world.scope.write, target=len(texts)))
             owners.append((cell.key, kind))
         texts.append(readings[cell.key].tokens)
-    scores: dict[tuple[int, ...], dict[str, list[float]]] = {}
+    found: dict[tuple[int, ...], dict[str, list[float]]] = {}
     if rows:
         ids = target.tokens.tensor.to(model.device)
         for (key, kind), log_p in zip(
             owners, score(model.engine, ids, rows, texts, route=model.capabilities.readout_route), strict=True
         ):
-            scores.setdefault(key, {}).setdefault(kind, []).append(float(log_p.double().sum()))
-    return scores
+            found.setdefault(key, {}).setdefault(kind, []).append(float(log_p.double().sum()))
+    return found
 
 
 def _under_words(
@@ -220,20 +220,12 @@ def _under_words(
 ) -> dict[tuple[int, ...], float]:
     """log p (nats) of each reading's text after the source's own words, nothing patched."""
     model = world.target_model
-    by_prompt: dict[tuple[int, ...], list[Cell]] = {}
+    cases: dict[tuple[int, ...], Case] = {}
     for cell in cells:
-        words = world.filled(cell)
-        if words is not None:
-            by_prompt.setdefault(words.ids, []).append(cell)
-    found: dict[tuple[int, ...], float] = {}
-    for ids, mine in by_prompt.items():
-        texts = [readings[cell.key].tokens for cell in mine]
-        longest = max(len(text) for text in texts)
-        if model.context is not None and len(ids) + longest > model.context:
-            continue  # the words leave no room for the text: no such evidence
-        rows = [Row(Site("resid", 0), len(ids) - 1, None, target=k) for k in range(len(mine))]
-        scores = score(
-            model.engine, torch.tensor([ids], device=model.device), rows, texts, route=model.capabilities.readout_route
-        )
-        found.update((cell.key, float(s.double().sum())) for cell, s in zip(mine, scores, strict=True))
-    return found
+        words, text = world.filled(cell), readings[cell.key].tokens
+        # where the words leave no room for the text there is no such evidence
+        if words is not None and (model.context is None or len(words) + len(text) <= model.context):
+            cases[cell.key] = Case(words.ids, Row(Site("resid", 0), len(words) - 1, None), text)
+    found = scores(model.engine, list(cases.values()), route=model.capabilities.readout_route)
+    keys = list(cases)
+    return {keys[k]: float(log_p.double().sum()) for k, log_p in found}

@@ -26,7 +26,8 @@ from patchscopes.core.edits import WRITES, Write
 from patchscopes.core.errors import InputError, PromptError, UnknownName, VectorError, nearest
 from patchscopes.core.layers import Layers, resolve_layers
 from patchscopes.core.sites import SCOPED, Site
-from patchscopes.engine.generate import Decoding, Generated, generate
+from patchscopes.engine.continued import stopping
+from patchscopes.engine.generate import Decoding, Generated, Request, stream
 from patchscopes.engine.patch import Row
 from patchscopes.maps import Identity, Map
 from patchscopes.model.model import Model, Prompt
@@ -98,19 +99,18 @@ class Patchscope:
         decoding = self._decoding(target_model)
         world = Controls(origin, target_model, places, prompts, layers, site, looked, targets, maps, self) if controls else None
 
-        requests: dict[tuple, _Request] = {}
+        requests: dict[tuple, Request] = {}
         rows: list[tuple[Cell, str, tuple]] = []
         for cell in cells:
             vector = self._written(maps[cell.map], looked, cell)
             key = ("none", *cell.key)
-            requests[key] = _Request(
-                targets[cell.target].tokens, self._row(cell, targets[cell.target].position, vector), cell.seed(self.seed)
-            )
+            target = targets[cell.target]
+            requests[key] = Request(target.tokens.ids, self._row(cell, target.position, vector), cell.seed(self.seed))
             rows.append((cell, "none", key))
             for kind, key, tokens, position, vector in world.runs(cell) if world else ():
                 seed = cell.seed(self.seed, kind)
                 row = self._row(cell, position, vector) if vector is not None else Row(Site("resid", 0), len(tokens) - 1, None)
-                requests.setdefault(key, _Request(tokens, row, seed))
+                requests.setdefault(key, Request(tokens.ids, row, seed))
                 rows.append((cell, kind, key))
         said = _generate(target_model, requests, decoding, progress)
         readings = {cell.key: said["none", *cell.key] for cell in cells}
@@ -205,16 +205,7 @@ class Patchscope:
         return Row(Site(self.site, cell.target_layer), position, vector, self.write)
 
     def _decoding(self, model: Model) -> Decoding:
-        stops = tuple(self.stop)
-
-        def stop(tokens: list[int]) -> int | None:
-            text = model.decode(tokens)
-            if not any(s in text for s in stops):
-                return None
-            end = min(text.index(s) for s in stops if s in text)
-            return next((n for n in range(len(tokens)) if len(model.decode(tokens[: n + 1])) > end), len(tokens))
-
-        return Decoding(self.max_new_tokens, model.end_ids, stop if stops else None, self.temperature)
+        return Decoding(self.max_new_tokens, model.end_ids, stopping(model.decode, self.stop), self.temperature)
 
     def _provenance(
         self,
@@ -252,33 +243,13 @@ class Patchscope:
         }
 
 
-@dataclass(frozen=True, eq=False)
-class _Request:
-    tokens: Tokens
-    row: Row
-    seed: int
-
-
-def _generate(model: Model, requests: dict[tuple, _Request], decoding: Decoding, progress: Progress) -> dict[tuple, Generated]:
-    """Run all requests, those of one target prompt together."""
-    by_target: dict[tuple[int, ...], list[tuple]] = {}
-    for key, request in requests.items():
-        by_target.setdefault(request.tokens.ids, []).append(key)
-    found: dict[tuple, Generated] = {}
-    finished = 0
-
-    def done(n: int) -> None:
-        nonlocal finished
-        finished += n
-        progress(finished, len(requests), "generating")
-
+def _generate(model: Model, requests: dict[tuple, Request], decoding: Decoding, progress: Progress) -> dict[tuple, Generated]:
+    """Run all requests, of all target prompts, in one stream."""
     route = model.capabilities.route if decoding.max_new_tokens > 1 else model.capabilities.readout_route
-    for keys in by_target.values():
-        some = [requests[key] for key in keys]
-        target = some[0].tokens.tensor.to(model.device)
-        seeds = [request.seed for request in some]
-        said = generate(model.engine, target, [r.row for r in some], decoding, route=route, seeds=seeds, done=done)
-        found.update(zip(keys, said, strict=True))
+    keys, found = list(requests), {}
+    for k, one in stream(model.engine, list(requests.values()), decoding, route=route):
+        found[keys[k]] = one
+        progress(len(found), len(keys), "generating")
     return found
 
 
