@@ -21,6 +21,7 @@ its own, which a fused kernel would not: rows share where the prefix is at least
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -205,7 +206,7 @@ class Stem:
         target_of = torch.tensor(targets, device=device)
         joins = [self.join(row) for row in some]
         n, first = len(some), joins[0]
-        present = [sum(join <= layer for join in joins) for layer in range(engine.n_layers + 1)]
+        present = [bisect_right(joins, layer) for layer in range(engine.n_layers + 1)]
         ratios = torch.ones(n, device=device)
 
         cache, seats = None, Seats([self.prompt_of[t] for t in targets], max(self.prompt_of) + 1, device)
