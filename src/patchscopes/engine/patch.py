@@ -38,7 +38,7 @@ from patchscopes.engine.caches import fork, splice
 from patchscopes.engine.engine import Engine, Reading, SharedKV
 from patchscopes.engine.hooks import Handle, hooked, on_arguments, on_output
 from patchscopes.engine.packing import Wish
-from patchscopes.engine.shared_prefix import Seats
+from patchscopes.engine.shared_prefix import Seats, prefix_of, with_prefix
 
 Route = Literal["stairs", "whole", "hooks"]
 ROUTES: tuple[Route, ...] = ("stairs", "whole", "hooks")
@@ -66,7 +66,7 @@ def same_rows(rows: Sequence[Row]) -> list[tuple]:
             by_shape.setdefault((tuple(row.value.shape), row.value.dtype, row.value.device), []).append(r)
     keys: list[tuple] = [("nothing",)] * len(rows)
     for some in by_shape.values():
-        values = torch.stack([value for r in some if (value := rows[r].value) is not None]).flatten(1).contiguous()
+        values = torch.stack([value.detach() for r in some if (value := rows[r].value) is not None]).flatten(1).contiguous()
         for r, value in zip(
             some, values.cpu().view(torch.uint8).numpy(), strict=True
         ):  # one copy for all, where a GPU holds them
@@ -209,6 +209,7 @@ class Stem:
         present = [bisect_right(joins, layer) for layer in range(engine.n_layers + 1)]
         ratios = torch.ones(n, device=device)
 
+        seated: dict[int, Seats] = {}
         cache, seats = None, Seats([self.prompt_of[t] for t in targets], max(self.prompt_of) + 1, device)
         if base.prefix is not None:
             seated = {k: seats if k == n else seats.take(range(max(k, 1))) for k in set(present)}
@@ -235,7 +236,8 @@ class Stem:
                 pool: SharedKV = kwargs["shared_kv_states"]
                 for name, unedited in reading.shared[layer].items():
                     fresh = tuple(t.index_select(0, target_of[old : present[layer]].to(t.device)) for t in unedited)
-                    pool[name] = tuple(torch.cat([m[:old], f]) for m, f in zip(pool[name], fresh, strict=True)) if old else fresh
+                    both = tuple(torch.cat([m[:old], f]) for m, f in zip(pool[name], fresh, strict=True)) if old else fresh
+                    pool[name] = (with_prefix(both[0], prefix_of(unedited[0], seated.get(present[layer]))), *both[1:])
 
             return on_arguments(engine.blocks[layer], change)
 

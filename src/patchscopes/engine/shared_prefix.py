@@ -105,7 +105,14 @@ class Prefix:
         return self.seats.risen(torch.matmul(folded, other)).unflatten(2, heads[1:]).flatten(1, 2)
 
 
-def with_prefix(keys: Tensor, prefix: Prefix) -> Tensor:
+def with_prefix(keys: Tensor, prefix: Prefix | None) -> Tensor:
     """`keys`, which now say that `prefix` stands before them."""
-    setattr(keys, PREFIX, prefix)
+    if prefix is not None:
+        setattr(keys, PREFIX, prefix)
     return keys
+
+
+def prefix_of(keys: Tensor, seats: Seats | None = None) -> Prefix | None:
+    """What stands before `keys`, for rows that sit so."""
+    prefix: Prefix | None = getattr(keys, PREFIX, None)
+    return prefix if prefix is None or seats is None else prefix.of(seats)
