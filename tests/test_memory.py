@@ -150,6 +150,19 @@ def test_a_single_row_that_does_not_fit_is_an_error_that_says_so() -> None:
     assert caught.value.exit_code == 5
 
 
+def test_target_prompts_that_do_not_fit_together_run_apart() -> None:
+    model, told = loaded("llama"), []
+    prompts = [prompt(LENGTH, seed=t) for t in range(5)]
+    requests = [Request(tuple(ids), row_of(None, last=LENGTH - 1)) for ids in prompts]
+    want = dict(stream(model.engine, requests, Decoding(2)))
+    with no_room_for("llama", 2):
+        got = dict(stream(model.engine, requests, Decoding(2), tell=told.append, at_most=2))
+    assert "5 target prompts" in told[0]
+    assert all(got[k].tokens == want[k].tokens for k in range(5))
+    with no_room_for("llama", 0), pytest.raises(ResourceError, match="target prompt of 9 tokens"):
+        list(stream(model.engine, requests[:1], Decoding(2)))
+
+
 def test_scores_survive_it_too() -> None:
     model, ids = loaded("llama"), prompt(LENGTH)
     places = [(f"resid.{k % DEPTH}", LENGTH - 1) for k in range(8)]

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import CLOSE, agree, error, random_patches, say, text_log_p
 
-from patchscopes.engine.generate import Decoding, generate
+from patchscopes.engine.generate import Decoding, Request, generate, stream
 from patchscopes.engine.score import score
 
 SEEDS = st.integers(0, 2**16)
@@ -41,6 +41,34 @@ def test_generation_equals_the_oracle(request: tuple, steps: int) -> None:
         want = say(model.hf, family, ids, patch, steps)
         assert error(one.logits, want.logits[0]) <= CLOSE
         assert agree(one.tokens, want)
+
+
+@UNHURRIED
+@given(
+    st.sampled_from(FAMILIES),
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, DEPTH), st.integers(0, 8), st.booleans()), min_size=1, max_size=7),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.frozensets(st.integers(0, VOCAB - 1), max_size=30),
+    SEEDS,
+)
+def test_streams_over_several_targets_equal_the_oracle(
+    family: str, asked: list[tuple[int, int, int, bool]], steps: int, at_most: int, end: frozenset[int], seed: int
+) -> None:
+    """Any lengths, layers and positions, patched or not, any number of places, any end tokens."""
+    model, rows, wants = loaded(family), [], []
+    for length, layer, position, plain in asked:
+        ids, place = prompt(length, seed=seed % 7 + length), min(position, length - 1)
+        (patch,) = random_patches(model.hf, family, ids, [(f"resid.{layer}", place)], torch.Generator().manual_seed(seed))
+        patch = None if plain else patch
+        rows.append(Request(tuple(ids), row_of(patch, last=length - 1)))
+        wants.append(say(model.hf, family, ids, patch, steps))
+    found = dict(stream(model.engine, rows, Decoding(steps, end), route=ROUTES[family], at_most=at_most))
+    assert len(found) == len(rows)
+    for k, want in enumerate(wants):
+        assert error(found[k].logits, want.logits[0]) <= CLOSE
+        if min(want.leads) > 2 * CLOSE:
+            assert found[k].tokens == want.tokens[: next((n for n, token in enumerate(want.tokens) if token in end), steps)]
 
 
 @UNHURRIED

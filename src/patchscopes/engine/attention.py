@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, eager_mask
 
-from patchscopes.engine.shared_prefix import PREFIX, Prefix
+from patchscopes.engine.shared_prefix import prefix_of
 
 NAME = "patchscopes"  # of our function among the attention implementations
 SLOT = "_patchscopes_tap"  # the attribute of a module where a run leaves its `Tap`
@@ -86,7 +86,7 @@ def attend_tapped(
     position_bias: Tensor | None = None,
 ) -> tuple[Float[Tensor, "batch head q d_v"], Float[Tensor, "batch head q k"]]:
     """z and the pattern, with everything shown to `tap` on the way."""
-    prefix: Prefix | None = getattr(key, PREFIX, None)
+    prefix = prefix_of(key)
     if tap is not None:
         query, key, value = tap.heads("q", query), tap.heads("k", key), tap.heads("v", value)
     query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)

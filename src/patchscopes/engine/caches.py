@@ -51,10 +51,7 @@ class OwnLayer(DynamicLayer):
         values[:rows, :, start:stop] = value_states
         self.own += stop - start
         keys, values = keys[:rows, :, :stop], values[:rows, :, :stop]
-        if self.shared:
-            assert self.prefix is not None
-            with_prefix(keys, self.prefix)
-        return keys, values
+        return with_prefix(keys, self.prefix if self.shared else None), values
 
     def reserve(self, keys: Tensor, values: Tensor) -> None:
         """Buffers with room for more columns of this shape: for all at once if they are few, else twice as many as before."""

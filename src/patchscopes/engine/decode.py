@@ -53,6 +53,7 @@ class Batch:
         keep_rows(self.cache, index, self._seats(), before - max(self.age))
         self._arrange()
 
+    @torch.no_grad()
     def forward(self, tokens: Int[Tensor, " row"]) -> Float[Tensor, "row vocab"]:
         """Feed every row a token: the logits after it."""
         columns = self.stem.targets.shape[1] + max(self.age) + 1

@@ -7,7 +7,7 @@ Everything goes through the model's own `forward`, with explicit positions, with
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -216,9 +216,11 @@ class Engine:
         finally:
             self._injecting = before
 
-    def joining(self, layer: int, old: int, fresh: SharedKV) -> Handle:
+    def joining(
+        self, layer: int, old: int, fresh: SharedKV, joined: Callable[[str, tuple[Tensor, ...]], tuple[Tensor, ...]]
+    ) -> Handle:
         """Hook that puts `fresh`, what newcomers at `layer` would have been handed over (see Reading.shared), behind that of the
-        first `old` rows."""
+        first `old` rows. `joined`: has the last word on keys and values."""
         carried = self.anatomy.carried[layer] if layer < self.n_layers else {}
 
         def behind(mine: Tensor, new: Tensor) -> Tensor:
@@ -230,7 +232,8 @@ class Engine:
             pool: SharedKV = kwargs.get("shared_kv_states", {})
             for name, tensors in fresh.items():
                 if not _was_returned(name):
-                    pool[name] = tuple(behind(m, f) for m, f in zip(pool.get(name, tensors), tensors, strict=True))
+                    both = tuple(behind(m, f) for m, f in zip(pool.get(name, tensors), tensors, strict=True))
+                    pool[name] = joined(name, both)
 
             def grow(path: tuple, t: Tensor) -> Tensor:
                 name = f"rest {carried[path]}" if path in carried else ""

@@ -19,10 +19,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from patchscopes.core.errors import ResourceError
 from patchscopes.engine.caches import FEW, row_bytes
 from patchscopes.engine.decode import Batch
 from patchscopes.engine.engine import Engine
-from patchscopes.engine.memory import Room, Tell, is_out_of_memory
+from patchscopes.engine.memory import Room, Tell, free_bytes, is_out_of_memory
 from patchscopes.engine.packing import Pack, pack
 from patchscopes.engine.patch import Route, Row, Stem, Walked, activation_bytes, pass_cost, same_rows, wish_of
 from patchscopes.engine.speech import Decoding, Speech
@@ -97,12 +98,36 @@ def stream(
         **({"most_tokens": 0} if engine.given is not None else {}),  # images belong to one prompt
     )
     at_most = at_most or ROWS.get(engine.device.type, ROWS["cuda"])
-    for one in packs:
-        work = _Work(engine, one, [requests[k] for k in firsts], decoding, route, at_most, tell)
+    todo = deque(packs)
+    while todo:
+        one, work = todo.popleft(), None
+        try:
+            work = _Work(engine, one, [requests[k] for k in firsts], decoding, route, at_most, tell)
+        except (RuntimeError, MemoryError) as error:
+            todo.extendleft(reversed(_halved(engine, one, requests, firsts, error, tell)))
+        if work is None:
+            continue
         run = work.spoken() if decoding.max_new_tokens > 1 and route != "hooks" else work.read()
         for k, found in run:
             for same in alike[firsts[k]]:
                 yield same, found
+
+
+def _halved(
+    engine: Engine, one: Pack, requests: Sequence[Request], firsts: Sequence[int], error: BaseException, tell: Tell
+) -> list[Pack]:
+    """Two packs of half of the targets each, where the unpatched runs of all were too much. ResourceError if it was one target."""
+    if not is_out_of_memory(error):
+        raise error
+    n, free = len(one.targets), free_bytes(engine.device) / 2**20
+    if n == 1:
+        raise ResourceError(
+            f"out of memory on {engine.device} in the unpatched run of a target prompt of {len(one.targets[0])} tokens; {free:.0f} MiB "
+            "are free. Give a shorter prompt, free memory, or load the model in a smaller number format or on another device"
+        ) from error
+    tell(f"out of memory on {engine.device} with {n} target prompts at a time ({free:.0f} MiB free): going on with {n // 2}")
+    halves = [one.targets[: n // 2], one.targets[n // 2 :]]
+    return [Pack(half, [w for w in one.wishes if requests[firsts[w]].target in half]) for half in halves]
 
 
 def _alike(requests: Sequence[Request], *, sampled: bool) -> dict[int, list[int]]:
@@ -229,7 +254,7 @@ class _Work:
         """How many rows may begin now. Into a batch that is under way only where the model allows it, and some at a time."""
         if not self.waiting or (present and not self.engine.packing.gaps):
             return 0
-        most = self.room.rows()
+        most = self.room.rows(present)
         places = most - present
         return places if places >= min(len(self.waiting), max(1, most // 4)) else 0
 

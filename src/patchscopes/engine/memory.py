@@ -109,9 +109,10 @@ class Room:
         """Of one row, as well as it is known."""
         return self._measured or self.estimate
 
-    def rows(self) -> int:
-        """As many as fit now, one at least."""
-        return max(1, min(self._limit, int(SHARE * free_bytes(self.device) / self.row_bytes)))
+    def rows(self, present: int = 0) -> int:
+        """As many as fit now, one at least; `present` of them hold their memory already."""
+        free = free_bytes(self.device) + present * self.row_bytes
+        return max(1, min(self._limit, int(SHARE * free / self.row_bytes)))
 
     @contextmanager
     def running(self, rows: int, *, more: bool, later: float = 0.0) -> Iterator[None]:

@@ -21,6 +21,7 @@ its own, which a fused kernel would not: rows share where the prefix is at least
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from patchscopes.engine.caches import fork, splice
 from patchscopes.engine.engine import Engine, Reading, SharedKV
 from patchscopes.engine.hooks import Handle, hooked, on_output
 from patchscopes.engine.packing import Wish
-from patchscopes.engine.shared_prefix import Seats
+from patchscopes.engine.shared_prefix import Seats, prefix_of, with_prefix
 
 Route = Literal["stairs", "whole", "hooks"]
 ROUTES: tuple[Route, ...] = ("stairs", "whole", "hooks")
@@ -65,7 +66,7 @@ def same_rows(rows: Sequence[Row]) -> list[tuple]:
             by_shape.setdefault((tuple(row.value.shape), row.value.dtype, row.value.device), []).append(r)
     keys: list[tuple] = [("nothing",)] * len(rows)
     for some in by_shape.values():
-        values = torch.stack([value for r in some if (value := rows[r].value) is not None]).flatten(1).contiguous()
+        values = torch.stack([value.detach() for r in some if (value := rows[r].value) is not None]).flatten(1).contiguous()
         for r, value in zip(
             some, values.cpu().view(torch.uint8).numpy(), strict=True
         ):  # one copy for all, where a GPU holds them
@@ -207,9 +208,10 @@ class Stem:
         target_of = torch.tensor(targets, device=device)
         joins = [self.join(row) for row in some]
         n, first = len(some), joins[0]
-        present = [sum(join <= layer for join in joins) for layer in range(engine.n_layers + 1)]
+        present = [bisect_right(joins, layer) for layer in range(engine.n_layers + 1)]
         ratios = torch.ones(n, device=device)
 
+        seated: dict[int, Seats] = {}
         cache, seats = None, Seats([self.prompt_of[t] for t in targets], max(self.prompt_of) + 1, device)
         if base.prefix is not None:
             seated = {k: seats if k == n else seats.take(range(max(k, 1))) for k in set(present)}
@@ -232,7 +234,13 @@ class Stem:
         def share(layer: int) -> Handle:
             old = 0 if layer == first else present[layer - 1]
 
-            return engine.joining(layer, old, _rows_of_shared(reading.shared[layer], target_of[old : present[layer]]))
+            fresh = _rows_of_shared(reading.shared[layer], target_of[old : present[layer]])
+
+            def before(name: str, both: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                own = prefix_of(reading.shared[layer][name][0], seated.get(present[layer]))
+                return (with_prefix(both[0], own), *both[1:])
+
+            return engine.joining(layer, old, fresh, before)
 
         def inside(site: Site) -> Handle:
             def change(x: Tensor) -> Tensor:

@@ -32,6 +32,9 @@ class Seats:
         self.of, self.prompts, self.device = list(of), prompts, device
         self.gaps = torch.tensor(gaps, device=device)[:, None] if any(gaps) else None
         self._order = torch.zeros(0, 0)
+        if prompts == 1:
+            self.slots, self.index = len(self.of), None
+            return
         taken = [0] * prompts
         seats: list[tuple[int, int]] = []
         for prompt in self.of:
@@ -40,7 +43,7 @@ class Seats:
         self.slots = max(taken)
         places = [prompt * self.slots + slot for prompt, slot in seats]
         in_order = places == list(range(prompts * self.slots))
-        self.index = None if in_order else torch.tensor(places, device=device)
+        self.index: Tensor | None = None if in_order else torch.tensor(places, device=device)
 
     def take(self, rows: Sequence[int]) -> Seats:
         """The seats of some rows, in this order."""
@@ -102,7 +105,14 @@ class Prefix:
         return self.seats.risen(torch.matmul(folded, other)).unflatten(2, heads[1:]).flatten(1, 2)
 
 
-def with_prefix(keys: Tensor, prefix: Prefix) -> Tensor:
+def with_prefix(keys: Tensor, prefix: Prefix | None) -> Tensor:
     """`keys`, which now say that `prefix` stands before them."""
-    setattr(keys, PREFIX, prefix)
+    if prefix is not None:
+        setattr(keys, PREFIX, prefix)
     return keys
+
+
+def prefix_of(keys: Tensor, seats: Seats | None = None) -> Prefix | None:
+    """What stands before `keys`, for rows that sit so."""
+    prefix: Prefix | None = getattr(keys, PREFIX, None)
+    return prefix if prefix is None or seats is None else prefix.of(seats)

@@ -45,7 +45,7 @@ class Speech:
         self.who: list[int] = []
         self.done: dict[int, int] = {}  # row -> tokens of it that count
         self.idle = 0
-        self._count: list[int] = []  # tokens that each row has said
+        self._count = torch.zeros(0, dtype=torch.long)  # tokens that each row has said, on the host
         self._texts: list[list[int]] = []  # kept on the host for a stop callback, which looks at every token
         self._unseen = 0
         self._tokens = torch.zeros(0, decoding.max_new_tokens, dtype=torch.long, device=device)
@@ -60,7 +60,7 @@ class Speech:
         """Newcomers, and the logits of their first tokens."""
         device, old = self._tokens.device, len(self)
         self.who += who
-        self._count += [0] * len(who)
+        self._count = torch.cat([self._count, torch.zeros(len(who), dtype=torch.long)])
         self._texts += [[] for _ in who]
         seeds_ = torch.tensor([_wrapped(seed) for seed in seeds] or [0] * len(who), device=device)
         self._seeds = torch.cat([self._seeds, seeds_])
@@ -87,8 +87,7 @@ class Speech:
         self._steps[rows] += 1
         if len(self._ends):
             self._ended[rows] |= torch.isin(chosen, self._ends)
-        for r in range(*rows.indices(len(self))):
-            self._count[r] += 1
+        self._count[rows] += 1
         if self.decoding.stop is not None:
             self._ask_stop(range(*rows.indices(len(self))), chosen.tolist())
         self._unseen += 1
@@ -108,15 +107,13 @@ class Speech:
 
     def look(self, *, waiting: bool = False) -> bool:
         """Whether rows should leave now: all are done, or the done ones have cost enough, or others are `waiting` for their places."""
-        for r, count in enumerate(self._count):
-            if count >= self.decoding.max_new_tokens:
-                self.done.setdefault(r, self.decoding.max_new_tokens)
+        for r in (self._count >= self.decoding.max_new_tokens).nonzero()[:, 0].tolist():
+            self.done.setdefault(r, self.decoding.max_new_tokens)
         every = LOOK_EVERY if self._ended.device.type != "cpu" else 1
         if len(self._ends) and self.decoding.stop is None and (self._unseen >= every or self.done):
             self._unseen = 0
-            for r, ended in enumerate(self._ended.tolist()):
-                if ended:
-                    self.done.setdefault(r, self.decoding.max_new_tokens)
+            for r in self._ended.nonzero()[:, 0].tolist():
+                self.done.setdefault(r, self.decoding.max_new_tokens)
         done = len(self.done)
         return bool(done) and (waiting or done == len(self) or (self.idle + done) * IDLE >= len(self))
 
@@ -125,13 +122,13 @@ class Speech:
         left = sorted(self.done)
         texts = {}
         for r, tokens in zip(left, self._tokens[left].tolist(), strict=True):
-            text = tokens[: min(self.done[r], self._count[r])]
+            text = tokens[: min(self.done[r], int(self._count[r]))]
             end = next((k for k, token in enumerate(text) if token in self.decoding.end), len(text))
             texts[self.who[r]] = text[:end]
         stay = [r for r in range(len(self)) if r not in self.done]
         self.done, self.idle = {}, 0
-        self.who, self._count = [self.who[r] for r in stay], [self._count[r] for r in stay]
-        self._texts = [self._texts[r] for r in stay]
+        self.who, self._texts = [self.who[r] for r in stay], [self._texts[r] for r in stay]
+        self._count = self._count[stay]
         index = torch.tensor(stay, dtype=torch.long, device=self._tokens.device)
         self._tokens, self._seeds, self._steps, self._ended = (
             t[index] for t in (self._tokens, self._seeds, self._steps, self._ended)
