@@ -272,18 +272,21 @@ BLOCKS = {**dict.fromkeys(CONFIGS, "model.layers"), **{name: path for path, name
 # The fastest exact way to run each, where it is not "stairs": said here and not asked of the engine, which would fall back in silence.
 ROUTES = {
     **dict.fromkeys(CONFIGS, "stairs"),
-    **dict.fromkeys(("mamba", "falcon_mamba", "jamba", "zamba", "deepseek_v32"), "whole"),
+    **dict.fromkeys(("mamba", "falcon_mamba", "jamba", "zamba"), "whole"),
     **dict.fromkeys(("rwkv", "recurrent_gemma", "openai-gpt", "xlstm", "moshi", "minimax"), "hooks"),
-    **dict.fromkeys(("glm_moe_dsa", "hy_v4", "deepseek_v4", "qwen4_exp_text", "inkling2_text"), "hooks"),
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "hy_v4", "qwen4_exp_text", "inkling2_text"), "hooks"),
 }
-if _OLDEST:  # there Doge masks wrong keys in a continuation that is longer than what it continues
-    ROUTES["doge"] = "whole"
+if _OLDEST:
+    ROUTES["doge"] = "whole"  # there it masks wrong keys in a continuation that is longer than what it continues
+    ROUTES["deepseek_v4"] = "hooks"  # and this one's own decoding is not its own full pass
 # The route for one token, where it is another: nothing is continued there, so a cache that cannot be continued does no harm.
 READOUTS = {
     **ROUTES,
     **dict.fromkeys(("rwkv", "recurrent_gemma", "openai-gpt", "xlstm", "moshi", "minimax"), "whole"),
-    **dict.fromkeys(("glm_moe_dsa", "hy_v4", "deepseek_v4", "qwen4_exp_text"), "whole"),
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "hy_v4", "qwen4_exp_text"), "whole"),
 }
+if _OLDEST:
+    READOUTS["deepseek_v4"] = "whole"
 # Where batch and position stand in a hidden state, if not third and second from last: these have streams behind them.
 LAYOUT = dict.fromkeys(("deepseek_v4", "hy_v4"), (-4, -3))
 # The number of a prompt's first position, where it is not 0: RoBERTa's padding id, and one (fairseq's way of counting).
@@ -291,7 +294,7 @@ FIRST = dict.fromkeys(
     ("roberta", "camembert", "xlm-roberta", "xlm-roberta-xl", "xmod", "data2vec-text", "roberta-prelayernorm"), 1
 )
 # Models whose own one-token step is not their own full pass, by more than rounding: what is generated is compared with such steps.
-STEPWISE = ("zamba2", "nemotron_h", "deepseek_v32")
+STEPWISE = ("zamba2", "nemotron_h")
 # (attention, MLP, factor): what a block adds to the residual stream is their outputs times the factor (read in transformers 5.23)
 WRITERS = {
     "gpt2": ("attn", "mlp", 1),
