@@ -120,8 +120,8 @@ _INKLING = {
     **{"d_rel": 8, "rel_extent": 32, "unpadded_vocab_size": VOCAB, "n_layers_per_attn_res_block": 2},
 }
 _PLAIN = """
-    afmoe apertus arcee aria_text bart bert bert-generation big_bird bigbird_pegasus biogpt bitnet blenderbot blenderbot-small camembert
-    cohere2 cohere2_moe cwm data2vec-text diffllama doge dots1 electra ernie ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_mamba
+    afmoe apertus arcee aria_text bart beam bert bert-generation big_bird bigbird_pegasus biogpt bitnet blenderbot blenderbot-small
+    camembert cohere2 cohere2_moe cwm data2vec-text diffllama doge dots1 electra ernie ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_mamba
     flex_olmo flint gemma gemma3_text glm glm4 glm4_moe gpt-sw3 gpt_bigcode gpt_neox_japanese gpt_oss granite_swa granitemoe
     granitemoe_swa granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jamba jetmoe
     kolibri1 laguna llama4_text marian mbart megatron-bert mellum mimo_v2_flash minimax_m2 ministral ministral3 mistral
@@ -195,6 +195,11 @@ _MORE: dict[str, dict] = {
         "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
     },
     "codegen": {"rotary_dim": 8},
+    "dbrx": {
+        **{"max_position_embeddings": None, "max_seq_len": 128, "n_heads": 4, "n_layers": DEPTH},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"hidden_size": WIDTH, "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "gptj": {"rotary_dim": 8, "n_inner": 96},
     "gpt_neo": {
         **{"num_hidden_layers": None, "num_layers": DEPTH, "num_heads": 4, "window_size": 6},
@@ -266,7 +271,7 @@ _WHERE = {  # the blocks, where they are not model.layers
     **{f"{name.replace('-', '_')}.encoder.layer": name for name in ("data2vec-text", "electra", "ernie", "rembert")},
     **{f"{name.replace('-', '_')}.encoder.layer": name for name in ("roberta-prelayernorm", "roc_bert", "roformer")},
     **{f"{name}.layers": name for name in ("gpt_neox", "gpt_neox_japanese", "biogpt")},
-    **{"transformer.blocks": "mpt", "backbone.blocks": "xlstm", "rwkv.blocks": "rwkv"},
+    **{"transformer.blocks": "mpt dbrx", "backbone.blocks": "xlstm", "rwkv.blocks": "rwkv"},
 }
 BLOCKS = {**dict.fromkeys(CONFIGS, "model.layers"), **{name: path for path, names in _WHERE.items() for name in names.split()}}
 # The fastest exact way to run each, where it is not "stairs": said here and not asked of the engine, which would fall back in silence.
