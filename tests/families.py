@@ -120,8 +120,8 @@ _INKLING = {
     **{"d_rel": 8, "rel_extent": 32, "unpadded_vocab_size": VOCAB, "n_layers_per_attn_res_block": 2},
 }
 _PLAIN = """
-    afmoe apertus arcee aria_text bart bert bert-generation big_bird bigbird_pegasus biogpt bitnet blenderbot blenderbot-small camembert
-    cohere2 cohere2_moe cwm data2vec-text diffllama doge dots1 electra ernie ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_mamba
+    afmoe apertus arcee aria_text bart beam bert bert-generation big_bird bigbird_pegasus biogpt bitnet blenderbot blenderbot-small
+    camembert cohere2 cohere2_moe cwm data2vec-text diffllama doge dots1 electra ernie ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_mamba
     flex_olmo flint gemma gemma3_text glm glm4 glm4_moe gpt-sw3 gpt_bigcode gpt_neox_japanese gpt_oss granite_swa granitemoe
     granitemoe_swa granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jamba jetmoe
     kolibri1 laguna llama4_text marian mbart megatron-bert mellum mimo_v2_flash minimax_m2 ministral ministral3 mistral
@@ -195,6 +195,11 @@ _MORE: dict[str, dict] = {
         "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
     },
     "codegen": {"rotary_dim": 8},
+    "dbrx": {
+        **{"max_position_embeddings": None, "max_seq_len": 128, "n_heads": 4, "n_layers": DEPTH},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"hidden_size": WIDTH, "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "gptj": {"rotary_dim": 8, "n_inner": 96},
     "gpt_neo": {
         **{"num_hidden_layers": None, "num_layers": DEPTH, "num_heads": 4, "window_size": 6},
@@ -266,24 +271,27 @@ _WHERE = {  # the blocks, where they are not model.layers
     **{f"{name.replace('-', '_')}.encoder.layer": name for name in ("data2vec-text", "electra", "ernie", "rembert")},
     **{f"{name.replace('-', '_')}.encoder.layer": name for name in ("roberta-prelayernorm", "roc_bert", "roformer")},
     **{f"{name}.layers": name for name in ("gpt_neox", "gpt_neox_japanese", "biogpt")},
-    **{"transformer.blocks": "mpt", "backbone.blocks": "xlstm", "rwkv.blocks": "rwkv"},
+    **{"transformer.blocks": "mpt dbrx", "backbone.blocks": "xlstm", "rwkv.blocks": "rwkv"},
 }
 BLOCKS = {**dict.fromkeys(CONFIGS, "model.layers"), **{name: path for path, names in _WHERE.items() for name in names.split()}}
 # The fastest exact way to run each, where it is not "stairs": said here and not asked of the engine, which would fall back in silence.
 ROUTES = {
     **dict.fromkeys(CONFIGS, "stairs"),
-    **dict.fromkeys(("mamba", "falcon_mamba", "jamba", "zamba", "deepseek_v32"), "whole"),
+    **dict.fromkeys(("mamba", "falcon_mamba", "jamba", "zamba"), "whole"),
     **dict.fromkeys(("rwkv", "recurrent_gemma", "openai-gpt", "xlstm", "moshi", "minimax"), "hooks"),
-    **dict.fromkeys(("glm_moe_dsa", "hy_v4", "deepseek_v4", "qwen4_exp_text", "inkling2_text"), "hooks"),
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "hy_v4", "qwen4_exp_text", "inkling2_text"), "hooks"),
 }
-if _OLDEST:  # there Doge masks wrong keys in a continuation that is longer than what it continues
-    ROUTES["doge"] = "whole"
+if _OLDEST:
+    ROUTES["doge"] = "whole"  # there it masks wrong keys in a continuation that is longer than what it continues
+    ROUTES["deepseek_v4"] = "hooks"  # and this one's own decoding is not its own full pass
 # The route for one token, where it is another: nothing is continued there, so a cache that cannot be continued does no harm.
 READOUTS = {
     **ROUTES,
     **dict.fromkeys(("rwkv", "recurrent_gemma", "openai-gpt", "xlstm", "moshi", "minimax"), "whole"),
-    **dict.fromkeys(("glm_moe_dsa", "hy_v4", "deepseek_v4", "qwen4_exp_text"), "whole"),
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "hy_v4", "qwen4_exp_text"), "whole"),
 }
+if _OLDEST:
+    READOUTS["deepseek_v4"] = "whole"
 # Where batch and position stand in a hidden state, if not third and second from last: these have streams behind them.
 LAYOUT = dict.fromkeys(("deepseek_v4", "hy_v4"), (-4, -3))
 # The number of a prompt's first position, where it is not 0: RoBERTa's padding id, and one (fairseq's way of counting).
@@ -291,7 +299,7 @@ FIRST = dict.fromkeys(
     ("roberta", "camembert", "xlm-roberta", "xlm-roberta-xl", "xmod", "data2vec-text", "roberta-prelayernorm"), 1
 )
 # Models whose own one-token step is not their own full pass, by more than rounding: what is generated is compared with such steps.
-STEPWISE = ("zamba2", "nemotron_h", "deepseek_v32")
+STEPWISE = ("zamba2", "nemotron_h")
 # (attention, MLP, factor): what a block adds to the residual stream is their outputs times the factor (read in transformers 5.23)
 WRITERS = {
     "gpt2": ("attn", "mlp", 1),

@@ -245,6 +245,8 @@ def _found(case: Case, name: str, what: str) -> str:
         return ""
     if ability.reason.startswith("off by"):
         return f"{what} it differs from full passes"
+    if ability.reason.startswith("the model's own"):
+        return ability.reason
     kind, _, said = ability.reason.partition(": ")
     return f"{what}: {said}" if kind == "RefusedError" else f"{what} it raises {kind}"
 
@@ -257,6 +259,8 @@ def _line(case: Case) -> str:
         _found(case, "readout", "resumed without a cache"),
         _found(case, "unembed", "decoding a state"),
     ]
+    if able.route == "hooks" and case.family not in STEPWISE and able.abilities["decoding"].reason.startswith("off by"):
+        why.append("its own cached decoding differs from its own full pass")
     if case.family in STEPWISE:
         why.append("its own one-token step is not its full pass; what it generates equals its own steps")
     cells = [
@@ -266,7 +270,7 @@ def _line(case: Case) -> str:
         "yes" if able.ok("unembed") else "no",
         "together" if able.ok("left_padding") else "apart",
         "yes" if able.ok("writers") else "no",
-        "; ".join(filter(None, why)),
+        "; ".join(dict.fromkeys(filter(None, why))),
     ]
     return "| " + " | ".join(cells) + " |"
 

@@ -137,7 +137,9 @@ class OwnLayer(DynamicLayer):
 
 
 def _is_batched(value: object) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 1 and value.numel() > 0
+    return (
+        isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] > 0
+    )  # some rows of no entries: DeepSeek-V4's compressor
 
 
 def _mapped(layer: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -146,10 +146,10 @@ def check(engine: Engine, dtype: torch.dtype) -> Capabilities:
         cache = engine.new_cache()
         if cache is None:
             raise RefusedError("the model takes no cache")
-        engine.forward(ids[:, :-2], cache=cache, keep=[0])
-        return torch.cat(
-            [engine.forward(ids[:, t : t + 1], offset=t, cache=cache, keep=[0]) for t in (length - 2, length - 1)], 1
-        )
+        first = length // 2  # sparse attention (DeepSeek-V3.2, HY-V4) goes wrong at some tokens, so several are looked at
+        engine.forward(ids[:, :first], cache=cache, keep=[0])
+        steps = [engine.forward(ids[:, t : t + 1], offset=t, cache=cache, keep=[0]) for t in range(first, length)]
+        return torch.cat(steps, 1)
 
     def cached_oracle() -> Tensor:
         """For models whose one-token step differs from their own full pass: hooks in the prompt pass, then their own steps."""
@@ -233,7 +233,7 @@ def check(engine: Engine, dtype: torch.dtype) -> Capabilities:
     measure("no_op", no_op, reference, allowed=0.0)
     measure("identity", onto_itself, reference[:, -1])
     measure("unembed", lambda: engine.unembed(plain.h[top][..., 0, :, :]), reference[0])
-    measure("decoding", cached_decoding, reference[:, -2:])
+    measure("decoding", cached_decoding, reference[:, length // 2 :])
     # Zamba-2 and Nemotron-H clamp the time step in a long pass and not in a one-token step (transformers 5.23): close, not equal
     stepwise = tolerance / 10 < found["decoding"].error < max(1e-2, tolerance)
     truth = functools.cache(cached_oracle if stepwise else lambda: oracle(STEPS))
@@ -243,6 +243,9 @@ def check(engine: Engine, dtype: torch.dtype) -> Capabilities:
         lambda: torch.cat([truth().flatten(), reference[:, 2:].flatten()]),
     )
     measure("whole", lambda: continued("whole"), truth)
+    if not found["decoding"].ok and not stepwise:  # what held for the tokens above need not hold for others
+        why = "the model's own cached decoding differs from its own full pass"
+        found |= {name: Ability(False, found[name].error, why) for name in ("stairs", "whole") if found[name].ok}
     measure("readout", lambda: next_logits(engine, ids, shared, "whole"), lambda: oracle(0)[:, 0])
     mine = said[[row.target for row in rows]]
     measure("shared_prefix", lambda: check_packing.sharing_prefix(engine, ids, shared, mine), truth)
