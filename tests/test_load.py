@@ -709,14 +709,30 @@ class TestAbilities:
     def test_a_mamba_cannot_go_on_from_a_prefix(self) -> None:
         found = loaded("mamba").capabilities
         assert (found.route, found.readout_route) == ("whole", "whole")
-        assert [name for name, ability in found.abilities.items() if not ability.ok] == ["stairs"]
+        assert [name for name, ability in found.abilities.items() if not ability.ok] == [
+            "stairs",
+            "shared_prefix",
+            "ragged",
+            "gaps",
+            "padded_steps",
+        ]
         assert "of the largest logit, allowed 1e-04" in found.abilities["stairs"].reason
 
     def test_an_rwkv_runs_in_full(self, rwkv: ps.Model) -> None:
         found = rwkv.capabilities
         assert found.route == "hooks" and found.readout_route == "whole"
         reasons = {name: ability.reason for name, ability in found.abilities.items() if not ability.ok}
-        assert reasons.keys() == {"stairs", "whole", "decoding", "left_padding", "writers"}
+        assert reasons.keys() == {
+            "stairs",
+            "whole",
+            "decoding",
+            "left_padding",
+            "padded_steps",
+            "writers",
+            "shared_prefix",
+            "ragged",
+            "gaps",
+        }
         assert reasons["decoding"] == "RefusedError: the model takes no cache"
         assert reasons["writers"] == "one or two module outputs do not add up to what blocks [0] add"
         assert reasons["stairs"] == reasons["whole"] == "RefusedError: the model takes no cache"

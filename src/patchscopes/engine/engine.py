@@ -139,10 +139,8 @@ class Engine:
             )
         if isinstance(given, Encoded):
             kwargs |= given.inputs(n)
-        where = positions
-        if where is None:
-            # after a prompt with images positions are not the number of tokens (M-RoPE): its cache knows by how much
-            where = torch.arange(offset, offset + s, device=ids.device).expand(n, -1) + getattr(cache, "ahead", 0)
+        where = torch.arange(offset, offset + s, device=ids.device).expand(n, -1) if positions is None else positions
+        where = where + getattr(cache, "ahead", 0)  # after images positions are not the number of tokens (M-RoPE): by so much
         if isinstance(given, Images):
             extra, own = given.inputs(ids, offset, bypassed=self._injecting)
             if own is not None:
