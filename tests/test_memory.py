@@ -68,7 +68,7 @@ def test_what_counts_as_out_of_memory() -> None:
 
 def test_rows_are_measured_once_and_fit_into_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda device: 100_000)
-    room = Room(CPU, 10_000, at_most=64, tell=lambda _: None)
+    room = Room(CPU, 10_000.0, at_most=64, tell=lambda _: None)
     assert room.rows() == 5  # half of what is free, by the estimate
     with room.running(5, more=True):
         kept = torch.zeros(5, 500)  # 2000 bytes a row

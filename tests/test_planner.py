@@ -214,13 +214,13 @@ def packed(wishes: list[Wish], slack: float, *, ragged: bool = True) -> list[tup
 def test_packs() -> None:
     a, b, c = tuple(range(10)), tuple(range(10, 20)), tuple(range(30))
     rows = [Wish(a, 2, 0.5)] * 20 + [Wish(b, 2, 0.5)] * 20
-    assert packed(rows, slack=16) == [(2, 40)]
-    assert packed([*rows, Wish(c, 2, 1.0)], slack=0) == [(2, 40), (1, 1)]  # padding would cost twice 20 tokens and seats
-    assert packed([*rows, Wish(c, 2, 1.0)], slack=1000) == [(3, 41)]
-    assert packed([*rows, Wish(c, 2, 1.0)], slack=1000, ragged=False) == [(2, 40), (1, 1)]
+    assert packed(rows, slack=16.0) == [(2, 40)]
+    assert packed([*rows, Wish(c, 2, 1.0)], slack=0.0) == [(2, 40), (1, 1)]  # padding would cost twice 20 tokens and seats
+    assert packed([*rows, Wish(c, 2, 1.0)], slack=1000.0) == [(3, 41)]
+    assert packed([*rows, Wish(c, 2, 1.0)], slack=1000.0, ragged=False) == [(2, 40), (1, 1)]
     far = [Wish(a, 9, 1.0)] * 20 + [Wish(a, 1, 1.0)] * 20
-    assert packed(far, slack=0) == [(1, 20), (1, 20)]  # 20 rows would run 8 tokens in vain; the prefix twice is ten
-    assert packed([], slack=0) == []
+    assert packed(far, slack=0.0) == [(1, 20), (1, 20)]  # 20 rows would run 8 tokens in vain; the prefix twice is ten
+    assert packed([], slack=0.0) == []
 
 
 def test_speech_and_packing_have_defaults_that_promise_nothing() -> None:

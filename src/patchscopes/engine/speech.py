@@ -81,7 +81,7 @@ class Speech:
 
     def _say(self, rows: slice, logits: Tensor) -> None:
         steps = self._steps[rows]
-        chosen = choose(logits, self._seeds[rows], steps, self.decoding.temperature).to(self._tokens.device)
+        chosen = choose(logits.to(steps.device), self._seeds[rows], steps, self.decoding.temperature)
         place = steps[:, None].clamp(max=self._tokens.shape[1] - 1)  # done rows may be fed on for a while
         self._tokens[rows].scatter_(1, place, chosen[:, None])
         self._steps[rows] += 1

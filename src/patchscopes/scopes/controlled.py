@@ -20,7 +20,6 @@ from patchscopes.controls.evidence import bits_over, p_value, verdict
 from patchscopes.controls.vectors import N_OTHERS, N_RANDOM, POOL, POOL_NAME, random_like, seed_of
 from patchscopes.core.edits import Write
 from patchscopes.core.sites import Site
-from patchscopes.engine.generate import Generated
 from patchscopes.engine.patch import Row
 from patchscopes.engine.score import Case, score, scores
 from patchscopes.maps import Map
@@ -149,17 +148,17 @@ class Controls:
 def evidence_of(
     world: Controls,
     cells: Sequence[Cell],
-    readings: Mapping[tuple[int, ...], Generated],
+    texts_of: Mapping[tuple[int, ...], Sequence[int]],
     progress: Callable[[int, int, str], None],
 ) -> dict[tuple[int, ...], dict[str, Any]]:
-    """The evidence columns of every cell, by its key."""
+    """The evidence columns of every cell, by its key. `texts_of`: the tokens that each reading said."""
     found: dict[tuple[int, ...], dict[str, Any]] = {}
     done = 0
     for t in range(len(world.targets)):
         mine = [cell for cell in cells if cell.target == t]
         for chunk in (mine[i : i + CELLS_AT_ONCE] for i in range(0, len(mine), CELLS_AT_ONCE)):
-            vectors = _under_vectors(world, chunk, readings)
-            words = _under_words(world, chunk, readings)
+            vectors = _under_vectors(world, chunk, texts_of)
+            words = _under_words(world, chunk, texts_of)
             for cell in chunk:
                 found[cell.key] = _columns(vectors.get(cell.key), words.get(cell.key))
             done += len(chunk)
@@ -185,7 +184,7 @@ def _columns(scores: dict[str, list[float]] | None, words: float | None) -> dict
 
 
 def _under_vectors(
-    world: Controls, cells: Sequence[Cell], readings: Mapping[tuple[int, ...], Generated]
+    world: Controls, cells: Sequence[Cell], texts_of: Mapping[tuple[int, ...], Sequence[int]]
 ) -> dict[tuple[int, ...], dict[str, list[float]]]:
     """log p (nats) of each reading's text under its second look ("own") and under every control vector."""
     model, target = world.target_model, world.targets[cells[0].target]
@@ -204,7 +203,7 @@ def _under_vectors(
             place = target.position if vector is not None else len(target.tokens) - 1
             rows.append(Row(site, place, vector, world.scope.write, target=len(texts)))
             owners.append((cell.key, kind))
-        texts.append(readings[cell.key].tokens)
+        texts.append(texts_of[cell.key])
     found: dict[tuple[int, ...], dict[str, list[float]]] = {}
     if rows:
         ids = target.tokens.tensor.to(model.device)
@@ -216,13 +215,13 @@ def _under_vectors(
 
 
 def _under_words(
-    world: Controls, cells: Sequence[Cell], readings: Mapping[tuple[int, ...], Generated]
+    world: Controls, cells: Sequence[Cell], texts_of: Mapping[tuple[int, ...], Sequence[int]]
 ) -> dict[tuple[int, ...], float]:
     """log p (nats) of each reading's text after the source's own words, nothing patched."""
     model = world.target_model
     cases: dict[tuple[int, ...], Case] = {}
     for cell in cells:
-        words, text = world.filled(cell), readings[cell.key].tokens
+        words, text = world.filled(cell), texts_of[cell.key]
         # where the words leave no room for the text there is no such evidence
         if words is not None and (model.context is None or len(words) + len(text) <= model.context):
             cases[cell.key] = Case(words.ids, Row(Site("resid", 0), len(words) - 1, None), text)

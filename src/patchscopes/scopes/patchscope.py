@@ -27,7 +27,7 @@ from patchscopes.core.errors import InputError, PromptError, UnknownName, Vector
 from patchscopes.core.layers import Layers, resolve_layers
 from patchscopes.core.sites import SCOPED, Site
 from patchscopes.engine.continued import stopping
-from patchscopes.engine.generate import Decoding, Generated, Request, stream
+from patchscopes.engine.generate import Decoding, Request, stream
 from patchscopes.engine.patch import Row
 from patchscopes.maps import Identity, Map
 from patchscopes.model.model import Model, Prompt
@@ -112,15 +112,13 @@ class Patchscope:
                 row = self._row(cell, position, vector) if vector is not None else Row(Site("resid", 0), len(tokens) - 1, None)
                 requests.setdefault(key, Request(tokens.ids, row, seed))
                 rows.append((cell, kind, key))
-        said = _generate(target_model, requests, decoding, progress)
-        readings = {cell.key: said["none", *cell.key] for cell in cells}
-        evidence = evidence_of(world, cells, readings, progress) if world else {}
+        said = _generate(target_model, requests, decoding, keep_logits, progress)
+        texts = {cell.key: said["none", *cell.key].tokens for cell in cells}
+        evidence = evidence_of(world, cells, texts, progress) if world else {}
 
         records = []
         for cell, kind, key in rows:
             got, place = said[key], places[cell.place]
-            token = int(got.logits.argmax())
-            log_p = float(got.logits.float().log_softmax(-1)[token])
             records.append(
                 {
                     "prompt": prompts[cell.place],
@@ -135,15 +133,15 @@ class Patchscope:
                     "draw": cell.draw,
                     "text": target_model.decode(got.tokens),
                     "n_tokens": len(got.tokens),
-                    "next_token": target_model.show(token),
-                    "next_token_id": token,
-                    "logprob": log_p,
-                    "surprisal": _surprisal(looked.next_log_p[cell.place], token, origin, target_model),
+                    "next_token": target_model.show(got.next_token),
+                    "next_token_id": got.next_token,
+                    "logprob": got.log_p,
+                    "surprisal": _surprisal(looked.next_log_p[cell.place], got.next_token, origin, target_model),
                     "norm_ratio": got.norm_ratio,
                     **(evidence.get(cell.key, {"verdict": "not run"}) if kind == "none" else {}),
                 }
             )
-        logits = torch.stack([said[key].logits.float().cpu() for _, _, key in rows]) if keep_logits else None
+        logits = torch.stack([got for *_, key in rows if (got := said[key].logits) is not None]) if keep_logits else None
         return Readings(
             pl.DataFrame(records, schema=SCHEMA), self._provenance(sources, targets, pairs, origin, target_model, world), logits
         )
@@ -243,12 +241,28 @@ class Patchscope:
         }
 
 
-def _generate(model: Model, requests: dict[tuple, Request], decoding: Decoding, progress: Progress) -> dict[tuple, Generated]:
+@dataclass(frozen=True, eq=False)
+class _Said:
+    """What is kept of a result: logits over the vocabulary would fill the memory long before the table does."""
+
+    tokens: list[int]
+    next_token: int
+    log_p: float
+    norm_ratio: float
+    logits: Tensor | None
+
+
+def _generate(
+    model: Model, requests: dict[tuple, Request], decoding: Decoding, keep_logits: bool, progress: Progress
+) -> dict[tuple, _Said]:
     """Run all requests, of all target prompts, in one stream."""
     route = model.capabilities.route if decoding.max_new_tokens > 1 else model.capabilities.readout_route
-    keys, found = list(requests), {}
+    keys, found = list(requests), dict[tuple, _Said]()
     for k, one in stream(model.engine, list(requests.values()), decoding, route=route):
-        found[keys[k]] = one
+        token = int(one.logits.argmax())
+        log_p = float(one.logits.float().log_softmax(-1)[token])
+        logits = one.logits.float().cpu().clone() if keep_logits else None  # not a view of its batch's
+        found[keys[k]] = _Said(one.tokens, token, log_p, one.norm_ratio, logits)
         progress(len(found), len(keys), "generating")
     return found
 
