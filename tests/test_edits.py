@@ -104,7 +104,7 @@ def test_what_cannot_be_is_said_at_once(make, kind: type[PatchscopesError], mess
 def test_words_that_are_not_known(name: str, value: str, kind: type[PatchscopesError]) -> None:
     edit = Edit("resid.1", 0, numbers(5))
     object.__setattr__(edit, name, value)  # past the annotations, which tests execute and users do not
-    with pytest.raises(kind, match="Did you mean 'replace'|steps is 'sometimes'; expected 'prompt'"):
+    with pytest.raises(kind, match=r"Did you mean 'replace'|steps is 'sometimes'; expected 'prompt'"):
         edit.__post_init__()
 
 

@@ -263,6 +263,11 @@ def _made(plain: dict[str, Any], key: str, tensors: dict[str, Tensor]) -> Edit:
     if described is not None:
         kind = _SAVED[described.pop("kind")]
         start = f"{key}.coordinates."
-        coordinates = kind(**described, **{n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)})
+        coordinates = kind(
+            **described,
+            **{  # type: ignore[arg-type]
+                n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)
+            },
+        )
     rest = {name: _unlisted(name, value) for name, value in plain.items()}
     return Edit(**rest, value=tensors.get(f"{key}.value"), coordinates=coordinates)

@@ -49,8 +49,9 @@ def at_products(module: nn.Module, tap: Tap) -> Handle:
             return function(*args, **kwargs)
         at = function in PRODUCTS_ADDED
         names = ("batch1", "batch2") if at else ("", "")
-        pair = [kwargs.get(name, args[at + k] if len(args) > at + k else None) for k, name in enumerate(names)]
-        if any(not torch.is_tensor(t) or isinstance(t, nn.Parameter) or t.ndim < 3 for t in pair):
+        found = [kwargs.get(name, args[at + k] if len(args) > at + k else None) for k, name in enumerate(names)]
+        pair = [t for t in found if isinstance(t, Tensor) and not isinstance(t, nn.Parameter) and t.ndim >= 3]
+        if len(pair) < 2:
             return function(*args, **kwargs)
         state["products"] += 1
         if state["products"] == 1:

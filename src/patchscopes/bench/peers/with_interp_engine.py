@@ -7,7 +7,7 @@ same hooks.
 
 from typing import Any
 
-from serving import rows_by_layer, serve, versions_of
+from serving import rows_by_layer, serve, versions_of  # pyright: ignore[reportMissingImports]
 
 
 def load(folder, blocks_path, device):
