@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import patchscopes
 from patchscopes.core.sites import Site
-from patchscopes.engine.patch import Row
+from patchscopes.engine.rows import Row
 
 if TYPE_CHECKING:
     from oracle import Patch

@@ -78,7 +78,7 @@ def test_edits_at_the_prompt_at_given_steps_and_always(family: str) -> None:
 
 def by_running_anew(model: Model, edits: list[Edit]) -> list[tuple[list[int], Tensor]]:
     batch = model._batch(TEXTS)
-    placed = model._placed(edits, batch)
+    placed = model.placed(edits, batch)
     decoding = Decoding(STEPS, model.end_ids)
     return continued(
         model.engine,

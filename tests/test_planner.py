@@ -13,13 +13,17 @@ from oracle import CLOSE, Patch, Said, agree, error, random_patches, say
 from test_engine_cost import LENGTH, cost, counted
 from test_engine_cost import patches as some_patches
 
+from patchscopes.core.edits import Edit, knock_out
 from patchscopes.engine.attention import NAME
+from patchscopes.engine.continued import continued
 from patchscopes.engine.decode import Batch
+from patchscopes.engine.edits import Placed
 from patchscopes.engine.engine import Engine
 from patchscopes.engine.generate import Decoding, Generated, Request, generate, stream
 from patchscopes.engine.memory import peak_bytes
 from patchscopes.engine.packing import Packing, Wish, pack
 from patchscopes.engine.patch import Stem, next_logits
+from patchscopes.engine.score import Case, scores
 from patchscopes.engine.speech import Speech
 
 STEPS = 5
@@ -235,3 +239,48 @@ def test_a_cache_behind_a_shared_prefix_counts_all_tokens() -> None:
     walked = stem.walk(rows, [LENGTH - 1], caching=True)
     assert walked.cache.get_seq_length() == LENGTH
     assert {tuple(layer.buffers[0].shape[:1]) for layer in walked.cache.layers} == {(len(rows),)}
+
+
+# ------------------------------------------------------------------------------------------------------- rows with several edits
+
+
+SEVERAL = ["gpt2", "llama", "gemma2", "mixtral", "bloom", "gemma3n", "gpt_oss", "falcon", "mamba2", "rwkv", "mamba"]
+
+
+@pytest.mark.parametrize("at_most", [2, 100])
+@pytest.mark.parametrize("family", SEVERAL)
+def test_rows_may_have_any_edits_beside_their_patch(family: str, at_most: int) -> None:
+    """At the prompt, at given steps and always, at inner sites too: as if the text were run anew for every token."""
+    model = loaded(family)
+    attends = family not in ("mamba", "mamba2", "rwkv")
+    v = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(9)) * 0.5
+    some: list[list[Edit]] = [
+        [Edit("resid.3", -1, v[0], "add", steps="always")],
+        [Edit("resid.4", None, v[1], "add", steps=(0, 2)), Edit("attn_in.2", 1, write="scale", amount=0.5)],
+        [],
+        [*knock_out("1:4", None, [1], steps="always"), Edit("k.2.0", 2, write="scale", amount=3.0)] if attends else [],
+        [Edit("resid.5", -1, v[2]), Edit("logits", -1, write="scale", amount=-1.0)],
+    ]
+    requests, wanted = [], []
+    for k, edits in enumerate(some * 2):
+        ids = prompt((9, 6)[k % 2], seed=50 + k % 3)
+        tokens = model.tokens(ids)
+        patch = random_patches(model.hf, family, ids, [(f"resid.{k % 3}", 4)], torch.Generator().manual_seed(k))[0]
+        placed = model.placed([*edits], [tokens])
+        row = replace(row_of(patch), more=tuple(placed))
+        requests.append(Request(tuple(ids), row))
+        own = Placed(row.site, 0, (patch.position,), patch.value, "replace")
+        one = continued(
+            model.engine, [tokens.tensor], [own, *placed], Decoding(STEPS), seeds=[0], cached=False, padding_exact=True
+        )
+        wanted.append(one[0])
+    got = collect(family, requests, Decoding(STEPS), at_most=at_most)
+    for one, (tokens, logits) in zip(got, wanted, strict=True):
+        assert error(one.logits, logits) <= CLOSE
+        assert one.tokens == tokens
+    cases = [Case(request.target, request.row, tokens) for request, (tokens, _) in zip(requests, wanted, strict=True)]
+    found = dict(scores(model.engine, cases, route=model.capabilities.readout_route))
+    for k, (tokens, logits) in enumerate(wanted):
+        assert len(found[k]) == len(tokens)
+        assert float(found[k][0]) == pytest.approx(float(logits.log_softmax(-1)[tokens[0]]), abs=1e-3)
+        assert float(found[k].exp().min()) > 1 / 97 - 1e-3  # each was the likeliest under the same edits

@@ -10,7 +10,7 @@ from families import DEPTH, ROUTES, VOCAB, WIDTH, loaded, prompt, row_of, target
 from oracle import Said, full_logits, random_patches, say
 
 from patchscopes.engine.generate import Decoding, Generated, generate
-from patchscopes.engine.patch import Row
+from patchscopes.engine.rows import Row
 
 SOME = ["llama", "gemma2", "bloom", "mamba"]  # keys and values, a sliding window, fused heads, recurrent states
 LENGTH, STEPS = 7, 6

@@ -27,7 +27,8 @@ from patchscopes.core.sites import Site
 from patchscopes.engine.engine import Engine
 from patchscopes.engine.generate import Decoding, generate
 from patchscopes.engine.hooks import hooked, on_input
-from patchscopes.engine.patch import Route, Row, next_logits
+from patchscopes.engine.patch import Route, next_logits
+from patchscopes.engine.rows import Row
 
 Variant = Callable[[Subject, Work], Answer]
 

@@ -43,6 +43,10 @@ class OwnLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append, and return all that the rows own: with the prefix in front, or saying that it stands there."""
         rows = key_states.shape[0]
+        if (
+            key_states.requires_grad
+        ):  # nothing goes on from a pass under autograd: no buffer, into which no gradient could be written
+            return self._unkept(key_states, value_states)
         self.reserve(key_states, value_states)
         assert self.buffers is not None
         start, stop = self.head + self.own, self.head + self.own + key_states.shape[-2]
@@ -51,6 +55,14 @@ class OwnLayer(DynamicLayer):
         values[:rows, :, start:stop] = value_states
         self.own += stop - start
         keys, values = keys[:rows, :, :stop], values[:rows, :, :stop]
+        return with_prefix(keys, self.prefix if self.shared else None), values
+
+    def _unkept(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What `update` returns, as a graph."""
+        if self.prefix is not None and self.head:
+            index = torch.tensor(self.seats.of, device=keys.device)
+            keys = torch.cat([self.prefix.keys.index_select(0, index), keys], -2)
+            values = torch.cat([self.prefix.values.index_select(0, index), values], -2)
         return with_prefix(keys, self.prefix if self.shared else None), values
 
     def reserve(self, keys: Tensor, values: Tensor) -> None:

@@ -21,7 +21,8 @@ from patchscopes.engine.engine import Engine
 from patchscopes.engine.given import Images, unchanged
 from patchscopes.engine.hooks import Handle, hooked, on_output
 from patchscopes.engine.packing import Packing
-from patchscopes.engine.patch import Route, Row, Stem, next_logits
+from patchscopes.engine.patch import Route, Stem, next_logits
+from patchscopes.engine.rows import Row
 
 PROMPT = 12  # tokens, fewer if the context is shorter
 STEPS = 3  # tokens decoded after it

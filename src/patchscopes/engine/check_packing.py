@@ -11,7 +11,8 @@ from torch import Tensor
 
 from patchscopes.engine.decode import Batch
 from patchscopes.engine.engine import Engine
-from patchscopes.engine.patch import Route, Row, Stem
+from patchscopes.engine.patch import Route, Stem
+from patchscopes.engine.rows import Row
 
 CUT = 3  # tokens that the shorter of two prompts lacks in front
 

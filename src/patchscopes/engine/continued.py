@@ -8,13 +8,12 @@ positions, which is what models do here whose cached steps differ from their ful
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from patchscopes.engine.edits import Frame, Placed
+from patchscopes.engine.edits import Frame, Placed, lengthened
 from patchscopes.engine.engine import Engine
 from patchscopes.engine.hooks import hooked
 from patchscopes.engine.run import Batch, batched, own, run
@@ -115,20 +114,9 @@ def _anew(engine: Engine, prompts: Sequence[Tensor], edits: Sequence[Placed]) ->
             if last is not None:
                 texts[i].append(int(last[k]))
             said = len(texts[i]) - prompts[i].shape[1]
-            mine = [_lengthened(e, prompts[i].shape[1], said) for e in own(edits, i)]
+            mine = [lengthened(e, prompts[i].shape[1], said) for e in own(edits, i)]
             ids = torch.tensor([texts[i]])
             found.append(run(engine, [ids], (), [e for e in mine if e is not None], padding_exact=True).logits[0, -1])
         return torch.stack(found)
 
     return step
-
-
-def _lengthened(edit: Placed, prompt: int, said: int) -> Placed | None:
-    """An edit of a prompt as an edit of the prompt and what was said after it."""
-    if isinstance(edit.steps, tuple):
-        places = tuple(prompt + t for t in edit.steps if t < said)
-        return replace(edit, positions=places, steps="prompt") if places else None
-    positions = edit.positions if edit.positions is not None else tuple(range(prompt))
-    if edit.steps == "always":
-        positions += tuple(range(prompt, prompt + said))
-    return replace(edit, positions=positions, steps="prompt")

@@ -10,6 +10,7 @@ A row that came later has said less: the columns in front of it are a gap that a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,8 +18,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from patchscopes.engine.caches import enter_rows, keep_rows
+from patchscopes.engine.edits import Frame, Placed
+from patchscopes.engine.hooks import Handle, hooked
 from patchscopes.engine.patch import Stem
 from patchscopes.engine.shared_prefix import Seats
+from patchscopes.engine.watch import Watch
 
 
 class Batch:
@@ -28,6 +32,7 @@ class Batch:
         self.stem = stem
         self.targets: list[int] = []  # of each row
         self.age: list[int] = []  # tokens that each row was fed
+        self.later: list[Sequence[Placed]] = []  # edits of each row that are made at its steps
         self.cache: Any = None
         self._mask: Tensor | None = None
         self._positions = torch.zeros(0, 1, dtype=torch.long, device=stem.targets.device)
@@ -35,9 +40,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def enter(self, targets: Sequence[int], cache: Any) -> None:
-        """Rows that a walk has left with this cache come after those that are here."""
+    def enter(self, targets: Sequence[int], cache: Any, later: Sequence[Sequence[Placed]] = ()) -> None:
+        """Rows that a walk has left with this cache come after those that are here. `later`: edits that are made at their steps."""
         self.targets += targets
+        self.later += later or [()] * len(targets)
         self.age += [0] * len(targets)
         if self.cache is None:
             self.cache = cache
@@ -49,6 +55,7 @@ class Batch:
         """Only these rows stay. Columns that none of them uses go with the others."""
         before = max(self.age)
         self.targets, self.age = [self.targets[r] for r in rows], [self.age[r] for r in rows]
+        self.later = [self.later[r] for r in rows]
         index = torch.tensor(rows, device=self.stem.targets.device)
         keep_rows(self.cache, index, self._seats(), before - max(self.age))
         self._arrange()
@@ -58,12 +65,22 @@ class Batch:
         """Feed every row a token: the logits after it."""
         columns = self.stem.targets.shape[1] + max(self.age) + 1
         mask = None if self._mask is None else self._mask[:, :columns]
-        logits = self.stem.engine.forward(
-            tokens[:, None], offset=columns - 1, cache=self.cache, mask=mask, positions=self._positions
-        )
+        with hooked(self._edits()):
+            logits = self.stem.engine.forward(
+                tokens[:, None], offset=columns - 1, cache=self.cache, mask=mask, positions=self._positions
+            )
         self._positions = self._positions + 1
         self.age = [age + 1 for age in self.age]
         return logits[:, 0]
+
+    def _edits(self) -> list[Handle]:
+        placed = [replace(edit, prompt=r) for r, some in enumerate(self.later) for edit in some]
+        if not placed:
+            return []
+        width = self.stem.targets.shape[1]
+        lengths = [width - self.stem.pads[t] for t in self.targets]
+        now = [length + age for length, age in zip(lengths, self.age, strict=True)]
+        return Watch(self.stem.engine, (), placed, Frame(range(len(self)), now, 1, lengths)).hooks()
 
     def _seats(self) -> Seats:
         prompt_of = self.stem.prompt_of

@@ -10,7 +10,7 @@ later pass, at the same absolute positions: the same as if the text were run ane
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -86,21 +86,17 @@ def edited(x: Tensor, edits: Sequence[Placed], frame: Frame) -> Tensor | None:
         return _edited_edges(x, edits, frame)
     row_axis = -2 - edits[0].site.features
     columns = x.shape[row_axis + 1]
-    found = [
-        (edit, row, frame.places(edit, row, columns))
-        for edit in edits
-        for row, prompt in enumerate(frame.prompts)
-        if prompt == edit.prompt
-    ]
+    rows = {prompt: row for row, prompt in enumerate(frame.prompts)}
+    found = [(edit, row, frame.places(edit, row, columns)) for edit in edits if (row := rows.get(edit.prompt)) is not None]
     found = [(edit, row, places) for edit, row, places in found if places]
     if not found:
         return None
     x = x.clone().movedim((row_axis, row_axis + 1), (0, 1))  # [batch, pos, ...]
     for group in _groups(found):
         edit = group[0][0]
-        rows = torch.tensor([row for _, row, places in group for _ in places], device=x.device)
+        index = torch.tensor([row for _, row, places in group for _ in places], device=x.device)
         cols = torch.tensor([c for _, _, places in group for c, _ in places], device=x.device)
-        old = x[rows, cols]
+        old = x[index, cols]
         old = old if edit.site.head is None else old[..., edit.site.head, :]
         value = None if edit.value is None else torch.cat([_values(e, [i for _, i in places], old, x) for e, _, places in group])
         amounts = [e.amount for e, _, places in group for _ in places]
@@ -109,9 +105,9 @@ def edited(x: Tensor, edits: Sequence[Placed], frame: Frame) -> Tensor | None:
             amount = torch.tensor(amounts, device=x.device, dtype=x.dtype).reshape(-1, *[1] * (old.ndim - 1))
         new = written(value, old, edit.write, amount, edit.coordinates, edit.features)
         if edit.site.head is None:
-            x[rows, cols] = new
+            x[index, cols] = new
         else:
-            x[rows, cols, edit.site.head] = new
+            x[index, cols, edit.site.head] = new
     return x.movedim((0, 1), (row_axis, row_axis + 1))
 
 
@@ -142,10 +138,9 @@ def _values(edit: Placed, which: list[int], old: Tensor, x: Tensor) -> Tensor:
 
 def _edited_edges(x: Float[Tensor, "batch head query key"], edits: Sequence[Placed], frame: Frame) -> Tensor | None:
     new: Tensor | None = None
+    rows = {prompt: row for row, prompt in enumerate(frame.prompts)}
     for edit in edits:
-        for row, prompt in enumerate(frame.prompts):
-            if prompt != edit.prompt:
-                continue
+        if (row := rows.get(edit.prompt)) is not None:
             queries = frame.places(edit, row, x.shape[-2])
             keys = frame.places(edit, row, x.shape[-1], keys=True)
             if not queries or not keys:
@@ -204,3 +199,14 @@ def _overlap(one: Placed, other: Placed) -> bool:
     if isinstance(one.steps, tuple) or isinstance(other.steps, tuple):
         return heads and "always" in (one.steps, other.steps)
     return heads and common(one.positions, other.positions) and common(one.keys, other.keys)
+
+
+def lengthened(edit: Placed, prompt: int, said: int) -> Placed | None:
+    """An edit of a prompt as one of the prompt and of what was said after it; None if it means none of these tokens."""
+    if isinstance(edit.steps, tuple):
+        places = tuple(prompt + t for t in edit.steps if t < said)
+        return replace(edit, positions=places, steps="prompt") if places else None
+    positions = edit.positions if edit.positions is not None else tuple(range(prompt))
+    if edit.steps == "always":
+        positions += tuple(range(prompt, prompt + said))
+    return replace(edit, positions=positions, steps="prompt")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -86,6 +86,8 @@ class Engine:
         # what a residual carries in front of its batch (with `layout` undone): () but for Gemma-3n, DeepSeek-V4 and their like
         self.streams: tuple[int, ...] = tuple(one.shape[:-3])
         self.d_model: int = one.shape[-1]  # the residual's width: in Qwen-4 several times the config's hidden_size
+        # how gradients flow through resumed runs (walk_gradients.route_of), once it is known
+        self.gradient_route: Literal["stairs", "whole", "hooks"] | None = None
         # shapes of sites seen so far (places.shape_of)
         self.shapes: dict[Site, tuple[int, ...]] = {}
 

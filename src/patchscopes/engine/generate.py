@@ -21,11 +21,14 @@ from torch import Tensor
 
 from patchscopes.core.errors import ResourceError
 from patchscopes.engine.caches import FEW, row_bytes
+from patchscopes.engine.costs import activation_bytes, pass_cost
 from patchscopes.engine.decode import Batch
+from patchscopes.engine.edits import lengthened
 from patchscopes.engine.engine import Engine
 from patchscopes.engine.memory import Room, Tell, free_bytes, is_out_of_memory
 from patchscopes.engine.packing import Pack, pack
-from patchscopes.engine.patch import Route, Row, Stem, Walked, activation_bytes, pass_cost, same_rows, wish_of
+from patchscopes.engine.patch import Route, Stem, Walked
+from patchscopes.engine.rows import Row, same_rows, wish_of
 from patchscopes.engine.speech import Decoding, Speech
 
 ROWS = {"cpu": 1024, "cuda": 4096}  # at a time at most: more make no pass cheaper
@@ -90,7 +93,7 @@ def stream(
     alike = _alike(requests, sampled=decoding.temperature > 0)
     firsts = list(alike)
     packs = pack(
-        [wish_of(engine, requests[k].target, requests[k].row) for k in firsts],
+        [wish_of(requests[k].target, requests[k].row, engine.n_layers) for k in firsts],
         ragged=engine.packing.ragged and route == "stairs",
         steps=decoding.max_new_tokens,
         slack=pass_cost(engine) * decoding.max_new_tokens,
@@ -165,8 +168,10 @@ class _Work:
             shared=None,
             room=decoding.max_new_tokens - 1,
         )
+        # a gap moves the columns of keys, of which later edits speak
+        self.gaps = engine.packing.gaps and not any(row.later for row in self.rows.values())
         # rows that skip as many blocks run together
-        self.waiting = deque(sorted(self.rows, key=lambda k: self.stem.join(self.rows[k])))
+        self.waiting = deque(sorted(self.rows, key=lambda k: self.rows[k].join(engine.n_layers)))
         if route != "hooks":
             self.stem.prepare()
         self.room = Room(engine.device, self._estimate(), at_most=at_most, tell=tell)
@@ -187,6 +192,7 @@ class _Work:
     def _take(self, n: int) -> list[int]:
         return [self.waiting.popleft() for _ in range(min(n, len(self.waiting)))]
 
+    @torch.no_grad()
     def _walk(self, some: list[int], *, caching: bool) -> Walked:
         return self.stem.walk([self.rows[k] for k in some], [self.last], caching=caching)
 
@@ -214,16 +220,19 @@ class _Work:
 
     def _rerun(self, some: list[int], walked: Walked) -> Iterator[tuple[int, Generated]]:
         """The whole text again for every token, patched at the same absolute position."""
-        for n, k in enumerate(some):
-            speech, logits = Speech(self.decoding, walked.logits.device), walked.logits[n]
+        for r, k in enumerate(some):
+            speech, logits = Speech(self.decoding, walked.logits.device), walked.logits[r]
             speech.enter([k], [self.requests[k].seed], logits)
             said = list(self.requests[k].target)
             while not speech.look():
                 said += speech.last().tolist()
-                row = replace(self.rows[k], target=0)
+                own, n = self.rows[k], len(self.requests[k].target)
+                more = tuple(one for edit in own.more if (one := lengthened(edit, n, len(said) - n)) is not None)
+                row = replace(own, target=0, more=more)
                 ids = torch.tensor([said], device=self.engine.device)
-                speech.hear(Stem(self.engine, ids, [row], route="hooks").walk([row], [len(said) - 1]).logits[:, 0])
-            yield k, Generated(speech.leave()[0][k], logits[0], float(walked.norm_ratio[n]))
+                with torch.no_grad():
+                    speech.hear(Stem(self.engine, ids, [row], route="hooks").walk([row], [len(said) - 1]).logits[:, 0])
+            yield k, Generated(speech.leave()[0][k], logits[0], float(walked.norm_ratio[r]))
 
     def spoken(self) -> Iterator[tuple[int, Generated]]:
         """All tokens of every row."""
@@ -252,7 +261,7 @@ class _Work:
 
     def _places(self, present: int) -> int:
         """How many rows may begin now. Into a batch that is under way only where the model allows it, and some at a time."""
-        if not self.waiting or (present and not self.engine.packing.gaps):
+        if not self.waiting or (present and not self.gaps):
             return 0
         most = self.room.rows(present)
         places = most - present
@@ -260,14 +269,14 @@ class _Work:
 
     def _begin(self, some: list[int], batch: Batch, speech: Speech, begun: dict[int, tuple[Tensor, float]]) -> None:
         walked = self._walk(some, caching=True)
-        batch.enter([self.rows[k].target for k in some], walked.cache)
+        batch.enter([self.rows[k].target for k in some], walked.cache, [self.rows[k].later for k in some])
         speech.enter(some, [self.requests[k].seed for k in some], walked.logits[:, 0])
         begun.update(zip(some, zip(walked.logits[:, 0], walked.norm_ratio.tolist(), strict=True), strict=True))
 
     def _go_on(self, batch: Batch, speech: Speech) -> dict[int, list[int]]:
         """Step by step until rows leave: their texts."""
         while True:
-            if speech.look(waiting=bool(self.waiting) and self.engine.packing.gaps):
+            if speech.look(waiting=bool(self.waiting) and self.gaps):
                 texts, stay = speech.leave()
                 if stay:
                     batch.keep(stay)

@@ -25,54 +25,27 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from patchscopes.core.edits import Write, written
+from patchscopes.core.edits import written
 from patchscopes.core.sites import Site
 from patchscopes.engine.attention import switched
 from patchscopes.engine.caches import fork, splice
+from patchscopes.engine.edits import Frame
 from patchscopes.engine.engine import Engine, Reading, SharedKV
-from patchscopes.engine.hooks import Handle, hooked, on_output
-from patchscopes.engine.packing import Wish
+from patchscopes.engine.hooks import Change, Handle, hooked, on_output
+from patchscopes.engine.places import at_sites
+from patchscopes.engine.rows import Row
 from patchscopes.engine.shared_prefix import Seats, prefix_of, with_prefix
+from patchscopes.engine.watch import Watch
 
 Route = Literal["stairs", "whole", "hooks"]
 ROUTES: tuple[Route, ...] = ("stairs", "whole", "hooks")
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """One patched run: `value` [d_model] is written at `site` and `position` of target number `target`.
-
-    value None: nothing is written, and `position` is the first whose logits are wanted.
-    """
-
-    site: Site
-    position: int
-    value: Tensor | None
-    write: Write = "replace"
-    target: int = 0
-
-
-def same_rows(rows: Sequence[Row]) -> list[tuple]:
-    """A key for every row: rows of equal keys make the same of one target. Vectors are compared bit by bit."""
-    by_shape: dict[tuple, list[int]] = {}
-    for r, row in enumerate(rows):
-        if row.value is not None:
-            by_shape.setdefault((tuple(row.value.shape), row.value.dtype, row.value.device), []).append(r)
-    keys: list[tuple] = [("nothing",)] * len(rows)
-    for some in by_shape.values():
-        values = torch.stack([value.detach() for r in some if (value := rows[r].value) is not None]).flatten(1).contiguous()
-        for r, value in zip(
-            some, values.cpu().view(torch.uint8).numpy(), strict=True
-        ):  # one copy for all, where a GPU holds them
-            keys[r] = (rows[r].site, rows[r].position, rows[r].write, str(values.dtype), value.tobytes())
-    return keys
 
 
 @dataclass(frozen=True)
@@ -123,7 +96,7 @@ class Stem:
         width = targets.shape[1]
         self.start = 0
         if route == "stairs":
-            self.start = engine.start(targets, min(row.position + self.pads[row.target] for row in rows))
+            self.start = engine.start(targets, min(row.first + self.pads[row.target] for row in rows))
         self.shared = self.start > 0 and (shared if shared is not None else self._sharing_pays())
         beginnings = [tuple(ids) for ids in targets[:, : self.start].tolist()] if len(targets) > 1 else [()]
         if mask is not None:
@@ -132,7 +105,9 @@ class Stem:
         self.prompt_of = [numbers[beginning] for beginning in beginnings]  # of each target
         self.caching = caching
         self.cached = route != "hooks" and bool(self.start or caching)
-        self.layers = list(range(engine.n_layers + 1)) if engine.store is not None else sorted({self.join(row) for row in rows})
+        self.layers = (
+            list(range(engine.n_layers + 1)) if engine.store is not None else sorted({row.join(engine.n_layers) for row in rows})
+        )
         self.suffix = width - self.start
         self.base: Base | None = None
 
@@ -187,13 +162,11 @@ class Stem:
         mask = self.mask[list(targets), :stop].long()
         return mask, (mask.cumsum(-1) - 1).clamp(min=0)[:, start:]
 
-    def join(self, row: Row) -> int:
-        """The layer at which a row leaves the base run."""
-        return row.site.index if row.value is not None else self.engine.n_layers
-
-    @torch.no_grad()
     def walk(self, rows: Sequence[Row], keep: Sequence[int], *, caching: bool = False) -> Walked:
-        """Run `rows` from their ℓ* on. `keep`: columns of the targets whose logits are wanted."""
+        """Run `rows` from their ℓ* on. `keep`: columns of the targets whose logits are wanted.
+
+        Under autograd gradients flow to the vectors written, and the caches that it leaves are not to be used.
+        """
         if self.route == "hooks":
             return self._walk_by_hooks(rows, keep)
         with self.attending():
@@ -202,12 +175,12 @@ class Stem:
     def _walk_stairs(self, rows: Sequence[Row], keep: Sequence[int], *, caching: bool) -> Walked:
         base = self.prepare()
         engine, reading, start = self.engine, base.reading, self.start
-        order = sorted(range(len(rows)), key=lambda r: self.join(rows[r]))  # the first to join come first
+        order = sorted(range(len(rows)), key=lambda r: rows[r].join(engine.n_layers))  # the first to join come first
         some = [rows[r] for r in order]
         device = self.targets.device
         targets = [row.target for row in some]
         target_of = torch.tensor(targets, device=device)
-        joins = [self.join(row) for row in some]
+        joins = [row.join(engine.n_layers) for row in some]
         n, first = len(some), joins[0]
         present = [bisect_right(joins, layer) for layer in range(engine.n_layers + 1)]
         ratios = torch.ones(n, device=device)
@@ -224,10 +197,13 @@ class Stem:
             newcomers = slice(old, present[layer])
 
             def change(x: Tensor) -> Tensor:
-                fresh = reading.h[layer]
-                fresh = fresh.index_select(-3, target_of[newcomers].to(fresh.device))
-                x = torch.cat([x.narrow(-3, 0, old).to(fresh.device), fresh], -3)
-                self._write(x, some, newcomers, "resid", ratios)
+                if layer in arrivals:
+                    fresh = reading.h[layer]
+                    fresh = fresh.index_select(-3, target_of[newcomers].to(fresh.device))
+                    x = torch.cat([x.narrow(-3, 0, old).to(fresh.device), fresh], -3)
+                else:  # rows that joined below, at another edit of theirs
+                    x = x.clone()
+                self._write(x, some, slice(0, present[layer]), "resid", ratios, index=layer)
                 return x
 
             return engine.at_layer(layer, change)
@@ -243,13 +219,13 @@ class Stem:
 
             return engine.joining(layer, old, fresh, before)
 
-        def inside(site: Site) -> Handle:
+        def inside(site: Site) -> Change:
             def change(x: Tensor) -> Tensor:
                 x = x.clone()
-                self._write(x, some, slice(0, n), site.name, ratios, block=site.index)
+                self._write(x, some, slice(0, n), site.name, ratios, index=site.index)
                 return x
 
-            return engine.at_site(site, change)
+            return change
 
         def forget(cache: Any, block: int) -> Handle:
             """A readout goes on from no cache: only one block's keys and values of rows live at a time."""
@@ -260,12 +236,13 @@ class Stem:
             return on_output(engine.blocks[block], drop)
 
         arrivals = sorted(set(joins))
+        written_at = {row.site.index for row in some if row.value is not None and row.site.name == "resid"}
         hooks = [engine.narrowing(b, present[b]) for b in range(first, engine.n_layers)]
-        hooks += [enter(layer) for layer in arrivals]
+        hooks += [enter(layer) for layer in sorted({*arrivals, *written_at})]
         hooks += [share(layer) for layer in arrivals if layer < engine.n_layers and reading.shared.get(layer)]
-        hooks += [
-            inside(site) for site in sorted({row.site for row in some if row.value is not None and row.site.name != "resid"})
-        ]
+        inner = sorted({row.site for row in some if row.value is not None and row.site.name != "resid"})
+        hooks += at_sites(engine, {site: inside(site) for site in inner})
+        hooks += self._more(some)
         if cache is not None and not caching:
             hooks += [forget(cache, block) for block in range(first, engine.n_layers)]
         shared = _rows_of_shared(reading.shared.get(first, {}), target_of)
@@ -288,41 +265,52 @@ class Stem:
                 cache.reorder_cache(back)
         return Walked(logits, ratios, cache if caching else None)
 
-    def _write(self, x: Tensor, rows: list[Row], which: slice, name: str, ratios: Tensor, block: int | None = None) -> None:
-        """Write the vectors of rows `which` with a site called `name` (in `block`) into x, a tensor of ours."""
+    def _write(self, x: Tensor, rows: list[Row], which: slice, name: str, ratios: Tensor, *, index: int) -> None:
+        """Write the vectors of those of the rows `which` whose site is `name`.`index` into x, a tensor of ours."""
         mine = [
             r
             for r in range(*which.indices(len(rows)))
-            if rows[r].value is not None and rows[r].site.name == name and (block is None or rows[r].site.index == block)
+            if rows[r].value is not None and rows[r].site.name == name and rows[r].site.index == index
         ]
         for write in {rows[r].write for r in mine}:
             some = [r for r in mine if rows[r].write == write]
-            index = torch.tensor(some, device=x.device)
+            which_rows = torch.tensor(some, device=x.device)
             place = torch.tensor([rows[r].position + self.pads[rows[r].target] - self.start for r in some], device=x.device)
-            old = x[..., index, place, :]
+            old = x[..., which_rows, place, :]
             new = written(torch.stack([rows[r].value for r in some], -2).to(x), old, write)  # type: ignore[arg-type]
-            x[..., index, place, :] = new
+            x[..., which_rows, place, :] = new
             ratio = new.float().norm(dim=-1) / old.float().norm(dim=-1)
-            ratios[index.to(ratios.device)] = ratio.reshape(-1, len(some)).mean(0).to(ratios)  # the mean over streams, mostly one
+            ratios[which_rows.to(ratios.device)] = (
+                ratio.detach().reshape(-1, len(some)).mean(0).to(ratios)
+            )  # the mean over streams, mostly one
 
-    @torch.no_grad()
+    def _more(self, rows: Sequence[Row]) -> list[Handle]:
+        """Hooks of the rows' further edits."""
+        placed = [replace(edit, prompt=r) for r, row in enumerate(rows) for edit in row.more]
+        if not placed:
+            return []
+        width, pads = self.targets.shape[1], [self.pads[row.target] for row in rows]
+        frame = Frame(range(len(rows)), [self.start - pad for pad in pads], width - self.start, [width - pad for pad in pads])
+        return Watch(self.engine, (), placed, frame, graph=False).hooks()
+
     def _walk_by_hooks(self, rows: Sequence[Row], keep: Sequence[int]) -> Walked:
         """Every row through every block of the whole prompt, one hook a site."""
         engine, rows = self.engine, list(rows)
         ratios = torch.ones(len(rows), device=self.targets.device)
 
-        def at(site: Site) -> Handle:
+        def at(site: Site) -> Change:
             mine = [row if row.site == site else Row(row.site, row.position, None) for row in rows]
 
             def change(x: Tensor) -> Tensor:
                 x = x.clone()
-                self._write(x, mine, slice(0, len(rows)), site.name, ratios)
+                self._write(x, mine, slice(0, len(rows)), site.name, ratios, index=site.index)
                 return x
 
-            return engine.at_site(site, change)
+            return change
 
         ids = self.targets[[row.target for row in rows]]
-        with hooked(at(site) for site in sorted({row.site for row in rows if row.value is not None})):
+        sites = sorted({row.site for row in rows if row.value is not None})
+        with hooked([*at_sites(engine, {site: at(site) for site in sites}), *self._more(rows)]):
             logits = engine.forward(ids, keep=keep)
         return Walked(logits, ratios, None)
 
@@ -331,31 +319,7 @@ def _rows_of_shared(shared: SharedKV, index: Tensor) -> SharedKV:
     return {name: tuple(t.index_select(0, index.to(t.device)) for t in pair) for name, pair in shared.items()}
 
 
-def wish_of(engine: Engine, ids: tuple[int, ...], row: Row) -> Wish:
-    """What `packing` needs to know of a row."""
-    join = engine.n_layers if row.value is None else row.site.index
-    return Wish(ids, len(ids) - row.position, 1 - join / engine.n_layers)
-
-
-def pass_cost(engine: Engine) -> float:
-    """Tokens that a pass costs beside its own: weights are read once a pass, and a GPU is told every step of it."""
-    return 16.0 if engine.device.type == "cpu" else 256.0
-
-
-def activation_bytes(engine: Engine, tokens: int, keys: int) -> float:
-    """Bytes that a row's `tokens` take inside a block, rather too many: residual, projections, MLP, scores over `keys`."""
-    config = engine.config.get_text_config(decoder=True)
-    number = next(engine.model.parameters()).element_size()
-    d_ff = max(_numbers(getattr(config, "intermediate_size", None)) or [4 * engine.d_model])
-    heads = max(_numbers(getattr(config, "num_attention_heads", None)) or [1])
-    return tokens * ((6.0 * engine.d_model + 2 * d_ff) * number + 3 * 4 * heads * keys)
-
-
-def _numbers(entry: object) -> list[int]:
-    """An entry of a config: one number, or one a block (Gemma-3n), or none."""
-    return [entry] if isinstance(entry, int) else [n for n in entry if isinstance(n, int)] if isinstance(entry, list) else []
-
-
+@torch.no_grad()
 def next_logits(engine: Engine, target: Int[Tensor, "1 pos"], rows: Sequence[Row], route: Route) -> Float[Tensor, "row vocab"]:
     """Logits after the last token of `target`, for every row."""
     last = target.shape[1] - 1

@@ -10,10 +10,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from patchscopes.engine.costs import activation_bytes, pass_cost
+from patchscopes.engine.edits import lengthened
 from patchscopes.engine.engine import Engine
 from patchscopes.engine.memory import Room, Tell, is_out_of_memory
 from patchscopes.engine.packing import Wish, pack
-from patchscopes.engine.patch import Route, Row, Stem, activation_bytes, pass_cost, wish_of
+from patchscopes.engine.patch import Route, Stem
+from patchscopes.engine.rows import Row, wish_of
 
 LOGITS_AT_ONCE = 2**26  # numbers, 256 MiB in float32: rows · tokens · vocabulary of one pass
 ROWS = 4096  # at a time at most
@@ -42,14 +45,13 @@ def score(
     return [found[r] for r in range(len(rows))]
 
 
-@torch.no_grad()
 def scores(
     engine: Engine, cases: Sequence[Case], *, route: Route = "stairs", tell: Tell = _log.warning
 ) -> Iterator[tuple[int, Float[Tensor, " step"]]]:
     """(number of the case, log p of each token of its text), as batches are done. ResourceError if a single case does not fit."""
     yield from ((k, torch.zeros(0)) for k, case in enumerate(cases) if not len(case.text))
     todo = [k for k, case in enumerate(cases) if len(case.text)]
-    wishes: list[Wish] = [wish_of(engine, cases[k].target, cases[k].row) for k in todo]
+    wishes: list[Wish] = [wish_of(cases[k].target, cases[k].row, engine.n_layers) for k in todo]
     ragged = engine.packing.ragged and route == "stairs"
     for one in pack(wishes, ragged=ragged, steps=1, slack=pass_cost(engine), d_model=engine.d_model):
         waiting = sorted((todo[w] for w in one.wishes), key=lambda k: len(cases[k].text))  # the longest run first
@@ -71,6 +73,7 @@ def scores(
                 yield from zip(some, found, strict=True)
 
 
+@torch.no_grad()
 def _scored(engine: Engine, cases: Sequence[Case], route: Route) -> list[Tensor]:
     """One pass: a target is a prompt, padded on the left, with a text behind it, of which the last token is predicted and never read."""
     width, longest = max(len(case.target) for case in cases), max(len(case.text) for case in cases)
@@ -83,7 +86,11 @@ def _scored(engine: Engine, cases: Sequence[Case], route: Route) -> list[Tensor]
         mask[t, : width - len(prompt)] = False
         said = torch.tensor([*prompt, *text[:-1]])
         ids[t, width - len(prompt) : width - len(prompt) + len(said)] = said
-    rows = [replace(case.row, target=number[case.target, tuple(case.text)]) for case in cases]
+    rows = []
+    for case in cases:
+        n, said = len(case.target), len(case.text) - 1
+        more = tuple(one for edit in case.row.more if (one := lengthened(edit, n, said)) is not None)
+        rows.append(replace(case.row, target=number[case.target, tuple(case.text)], more=more))
     padded = None if bool(mask.all()) else mask.to(engine.device)
     stem = Stem(engine, ids.to(engine.device), rows, route=route, caching=False, mask=padded, shared=None)
     logits = stem.walk(rows, range(width - 1, width - 1 + longest)).logits
@@ -96,5 +103,5 @@ def _scored(engine: Engine, cases: Sequence[Case], route: Route) -> list[Tensor]
 
 
 def _bytes(engine: Engine, case: Case) -> float:
-    suffix = len(case.target) - case.row.position + len(case.text)
+    suffix = len(case.target) - case.row.first + len(case.text)
     return activation_bytes(engine, suffix, len(case.target) + len(case.text)) + 3.0 * 4 * engine.vocab * len(case.text)

@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,7 +21,7 @@ from patchscopes.core.edits import Edit
 from patchscopes.core.errors import InputError, NotAvailableError, PositionError, PromptError, SiteError, VectorError
 from patchscopes.core.layers import resolve_layers
 from patchscopes.core.positions import Positions, Span
-from patchscopes.core.sites import EDGES, Site, resolve_sites
+from patchscopes.core.sites import EDGES, SCOPED, Site, resolve_sites
 from patchscopes.engine.check import Capabilities, check_images
 from patchscopes.engine.continued import continued, stopping
 from patchscopes.engine.decompose import Decomposition, decompose
@@ -28,8 +29,10 @@ from patchscopes.engine.edits import Placed
 from patchscopes.engine.engine import Engine
 from patchscopes.engine.gradients import Gradients, Metric, Tangents, gradients, jvp
 from patchscopes.engine.places import shape_of
+from patchscopes.engine.rows import Row
 from patchscopes.engine.run import Run, run
 from patchscopes.engine.speech import Decoding
+from patchscopes.engine.walk_gradients import LogitMetric, WalkGradients, walk_gradients
 from patchscopes.model.checked import checked
 from patchscopes.model.tokens import Tokens, decoder_prompt, of_ids, show_ids, tokenize
 
@@ -202,7 +205,7 @@ class Model:
             self.engine,
             [t.tensor for t in batch],
             self._sites(read),
-            self._placed(edits, batch),
+            self.placed(edits, batch),
             padding_exact=self.capabilities.ok("left_padding"),
             coordinates=hung,
         )
@@ -229,11 +232,31 @@ class Model:
             [t.tensor for t in batch],
             metric,
             self._sites(wrt),
-            self._placed(edits, batch),
+            self.placed(edits, batch),
             padding_exact=self.capabilities.ok("left_padding"),
             coordinates=hung,
             checkpoint=checkpoint,
         )
+
+    def patch_gradients(self, prompt: Prompt, edits: Sequence[Edit], metric: LogitMetric) -> WalkGradients:
+        """One run for each edit, resumed where the edit is made: gradients of metric(next token's logits [edit, vocab]) -> [edit] with
+        respect to the edits' values. Each edit writes one vector at one position of `resid`, `attn_in`, `attn_out`, `mlp_in` or
+        `mlp_out`; what runs have in common is computed once. RefusedError on quantised layers."""
+        tokens = self._batch(prompt)[0]
+        rows = []
+        for edit in edits:
+            placed = self.placed([edit], [tokens])
+            plain = edit.coordinates is None and edit.features is None and edit.amount == 1 and edit.steps == "prompt"
+            one = placed[0]
+            if len(placed) != 1 or not plain or one.site.name not in SCOPED or one.write not in ("replace", "add", "add_matched"):
+                raise InputError(f"{edit!r} is no plain patch of one vector; take `gradients`, which takes any edits")
+            if one.positions is None or len(one.positions) != 1:
+                raise InputError(
+                    f"{edit!r} names {'all' if one.positions is None else len(one.positions)} positions; expected one"
+                )
+            value = one.value if one.value is None or one.value.ndim == 1 else one.value.reshape(*self.engine.streams, -1)
+            rows.append(Row(one.site, one.positions[0], value, one.write))
+        return walk_gradients(self.engine, tokens.tensor.to(self.device), rows, metric)
 
     def jvp(self, prompts: Prompt | Sequence[Prompt], site: str, tangent: Tensor, *, read: str | Sequence[str] = ()) -> Tangents:
         """How the sites read, and the logits, move when the value of `site` moves along `tangent`, which has the value's shape (or
@@ -270,7 +293,7 @@ class Model:
         found = continued(
             self.engine,
             [t.tensor for t in batch],
-            self._placed(edits, batch),
+            self.placed(edits, batch),
             decoding,
             seeds=[seed + i for i in range(len(batch))],
             cached=self.capabilities.ok("decoding"),
@@ -308,6 +331,11 @@ class Model:
             raise SiteError(f"{text!r} names {len(sites)} sites; expected one, with all its heads")
         return sites[0]
 
+    def remembering(self, max_bytes: int = 2**30) -> AbstractContextManager[None]:
+        """Inside, what target prompts left in their unpatched runs is kept for later calls, the latest `max_bytes` of it. Only while
+        weights stay as they are: nothing notices when they change."""
+        return self.engine.remembering(max_bytes)
+
     def unembed(self, h: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:
         """Logits of any residuals, through the model's own final norm, head, scale and soft-cap, exactly once."""
         self.capabilities.require("unembed", "decoding a residual")
@@ -337,7 +365,7 @@ class Model:
             )
         return value
 
-    def _placed(self, edits: Sequence[Edit], batch: Sequence[Tokens]) -> list[Placed]:
+    def placed(self, edits: Sequence[Edit], batch: Sequence[Tokens]) -> list[Placed]:
         """The edits, each for one prompt and one site, with positions resolved. Everything wrong with them is said here."""
         return [
             Placed(

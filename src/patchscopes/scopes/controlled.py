@@ -18,9 +18,8 @@ from torch import Tensor
 
 from patchscopes.controls.evidence import bits_over, p_value, verdict
 from patchscopes.controls.vectors import N_OTHERS, N_RANDOM, POOL, POOL_NAME, random_like, seed_of
-from patchscopes.core.edits import Write
-from patchscopes.core.sites import Site
-from patchscopes.engine.patch import Row
+from patchscopes.engine.edits import Placed
+from patchscopes.engine.rows import Row
 from patchscopes.engine.score import Case, score, scores
 from patchscopes.maps import Map
 from patchscopes.model.model import Model
@@ -36,14 +35,8 @@ CELLS_AT_ONCE = 256  # whose control vectors are held together
 class Scope(Protocol):
     """What controls need to know of a scope."""
 
-    @property
-    def site(self) -> str:
-        """Where vectors are written."""
-        ...
-
-    @property
-    def write(self) -> Write:
-        """How."""
+    def row(self, layer: int, position: int, vector: Tensor | None, more: tuple[Placed, ...], target: int = 0) -> Row:
+        """A run in which a vector is written, under the scope's further edits."""
         ...
 
     @property
@@ -120,7 +113,7 @@ class Controls:
         if key not in self._filled:
             place = self.places[cell.place]
             words = place.tokens.upto(place.position) if place.tokens else ""
-            self._filled[key] = self.targets[cell.target].filled(self.target_model, words)
+            self._filled[key] = self.targets[cell.target].filled(words)
         return self._filled[key]
 
     def runs(self, cell: Cell) -> Iterator[tuple[str, tuple, Tokens, int, Tensor | None]]:
@@ -193,7 +186,7 @@ def _under_vectors(
         second = world.second.vectors.get((cell.place, cell.source_layer))
         if second is None:
             continue
-        f, site = world.maps[cell.map], Site(world.scope.site, cell.target_layer)
+        f = world.maps[cell.map]
         own = f(second)
         states = [world.vector(o, cell.source_layer, second=True) for o in world.others[cell.place]]
         random_ = random_like(own.expand(N_RANDOM, -1), f"{world.scope.seed} scored {cell.key}")
@@ -201,7 +194,7 @@ def _under_vectors(
         kinds += [("random", v) for v in random_] + [("others", f(s)) for s in states if s is not None]
         for kind, vector in kinds:
             place = target.position if vector is not None else len(target.tokens) - 1
-            rows.append(Row(site, place, vector, world.scope.write, target=len(texts)))
+            rows.append(world.scope.row(cell.target_layer, place, vector, target.more, target=len(texts)))
             owners.append((cell.key, kind))
         texts.append(texts_of[cell.key])
     found: dict[tuple[int, ...], dict[str, list[float]]] = {}
@@ -224,7 +217,8 @@ def _under_words(
         words, text = world.filled(cell), texts_of[cell.key]
         # where the words leave no room for the text there is no such evidence
         if words is not None and (model.context is None or len(words) + len(text) <= model.context):
-            cases[cell.key] = Case(words.ids, Row(Site("resid", 0), len(words) - 1, None), text)
+            row = world.scope.row(0, len(words) - 1, None, world.targets[cell.target].edited(words))
+            cases[cell.key] = Case(words.ids, row, text)
     found = scores(model.engine, list(cases.values()), route=model.capabilities.readout_route)
     keys = list(cases)
     return {keys[k]: float(log_p.double().sum()) for k, log_p in found}

@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from patchscopes.controls.vectors import SECOND_LOOK
-from patchscopes.core.edits import WRITES, Write
+from patchscopes.core.edits import Edit, Write
 from patchscopes.core.errors import InputError, PromptError, UnknownName, VectorError, nearest
 from patchscopes.core.layers import Layers, resolve_layers
 from patchscopes.core.sites import SCOPED, Site
 from patchscopes.engine.continued import stopping
+from patchscopes.engine.edits import Placed
 from patchscopes.engine.generate import Decoding, Request, stream
-from patchscopes.engine.patch import Row
+from patchscopes.engine.rows import Row
 from patchscopes.maps import Identity, Map
 from patchscopes.model.model import Model, Prompt
 from patchscopes.model.tokens import Position, Tokens
@@ -38,6 +39,7 @@ from patchscopes.scopes.readings import SCHEMA, Readings
 from patchscopes.scopes.source import Looked, Source, look
 from patchscopes.scopes.target import PLACEHOLDER, Target, resolve_target
 
+PATCHES: tuple[Write, ...] = ("replace", "add", "add_matched")  # how a vector can be written
 Progress = Callable[[int, int, str], None]  # (done, of, what)
 
 
@@ -53,6 +55,8 @@ class Patchscope:
     max_new_tokens  tokens said at most
     stop            strings that end a text; they are not part of it
     site, write     where and how f(h) is written: "resid", "attn_out", "mlp_out"; "replace", "add", "add_matched" (see `Edit`)
+    edits           further edits of every target run (see `Edit`): attention knocked out, a head steered, at the prompt or at later
+                    tokens. Controls run under them too
     temperature     0: greedy; else `draws` texts are sampled for every cell, from seeds that depend on `seed` and the cell alone
     second_look     the neutral text behind which sources are read again for their evidence
     """
@@ -66,6 +70,7 @@ class Patchscope:
     stop: Sequence[str] = ()
     site: str = "resid"
     write: Write = "replace"
+    edits: Sequence[Edit] = ()
     temperature: float = 0.0
     draws: int = 1
     seed: int = 0
@@ -105,11 +110,14 @@ class Patchscope:
             vector = self._written(maps[cell.map], looked, cell)
             key = ("none", *cell.key)
             target = targets[cell.target]
-            requests[key] = Request(target.tokens.ids, self._row(cell, target.position, vector), cell.seed(self.seed))
+            requests[key] = Request(
+                target.tokens.ids, self.row(cell.target_layer, target.position, vector, target.more), cell.seed(self.seed)
+            )
             rows.append((cell, "none", key))
             for kind, key, tokens, position, vector in world.runs(cell) if world else ():
                 seed = cell.seed(self.seed, kind)
-                row = self._row(cell, position, vector) if vector is not None else Row(Site("resid", 0), len(tokens) - 1, None)
+                more = target.more if tokens is target.tokens else target.edited(tokens)
+                row = self.row(cell.target_layer, position if vector is not None else len(tokens) - 1, vector, more)
                 requests.setdefault(key, Request(tokens.ids, row, seed))
                 rows.append((cell, kind, key))
         said = _generate(target_model, requests, decoding, keep_logits, progress)
@@ -160,8 +168,8 @@ class Patchscope:
                 )
         if self.site not in SCOPED:
             raise UnknownName(f"unknown site {self.site!r}. {nearest(self.site, SCOPED)}")
-        if self.write not in WRITES:
-            raise UnknownName(f"unknown write {self.write!r}. {nearest(self.write, WRITES)}")
+        if self.write not in PATCHES:
+            raise UnknownName(f"unknown write {self.write!r}. {nearest(self.write, PATCHES)}")
         if self.max_new_tokens < 1 or self.draws < 1:
             raise InputError(f"max_new_tokens is {self.max_new_tokens} and draws is {self.draws}; expected at least 1 of each")
         if self.temperature < 0 or (self.draws > 1 and self.temperature == 0):
@@ -171,7 +179,7 @@ class Patchscope:
             for ability in ("hooks_seen", "identity", "rows_independent"):
                 model.capabilities.require(ability, what)
         prompts = [self.prompt] if isinstance(self.prompt, (str, Tokens)) else list(self.prompt)
-        targets = [resolve_target(target_model, prompt, self.position) for prompt in prompts]
+        targets = [resolve_target(target_model, prompt, self.position, self.edits) for prompt in prompts]
         for target in targets:
             longest = len(target.tokens) + self.max_new_tokens
             if target_model.context is not None and longest > target_model.context:
@@ -199,8 +207,9 @@ class Patchscope:
     def _written(self, f: Map, looked: Looked, cell: Cell) -> Tensor:
         return f(looked.vectors[cell.place, cell.source_layer])
 
-    def _row(self, cell: Cell, position: int, vector: Tensor) -> Row:
-        return Row(Site(self.site, cell.target_layer), position, vector, self.write)
+    def row(self, layer: int, position: int, vector: Tensor | None, more: tuple[Placed, ...], target: int = 0) -> Row:
+        """A run in which `vector` is written; or nothing but `more`, if it is None."""
+        return Row(Site(self.site, layer), position, vector, self.write, target, more)
 
     def _decoding(self, model: Model) -> Decoding:
         return Decoding(self.max_new_tokens, model.end_ids, stopping(model.decode, self.stop), self.temperature)
@@ -233,6 +242,7 @@ class Patchscope:
                 "stop": list(self.stop),
                 "site": self.site,
                 "write": self.write,
+                "edits": [f"{edit!r} {edit.digest}" for edit in self.edits],
                 "temperature": self.temperature,
                 "draws": self.draws,
                 "seed": self.seed,

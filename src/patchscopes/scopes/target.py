@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+from patchscopes.core.edits import Edit
 from patchscopes.core.errors import PositionError, PromptError
+from patchscopes.engine.edits import Placed
 from patchscopes.model.model import Model, Prompt
 from patchscopes.model.tokens import Position, Tokens
 
@@ -19,20 +23,34 @@ class Target:
     tokens: Tokens
     position: int
     hole: tuple[int, int] | None
+    model: Model
+    edits: Sequence[Edit] = ()
 
-    def filled(self, model: Model, words: str) -> Tokens | None:
-        """The prompt with `words` in the placeholder's place; None where that cannot be (no text stands there, or it gets too long)."""
+    @cached_property
+    def more(self) -> tuple[Placed, ...]:
+        """The scope's further edits, placed in this prompt."""
+        return self.edited(self.tokens)
+
+    def edited(self, tokens: Tokens) -> tuple[Placed, ...]:
+        """The same in another prompt."""
+        return tuple(self.model.placed(self.edits, [tokens]))
+
+    def filled(self, words: str) -> Tokens | None:
+        """The prompt with `words` in the placeholder's place; None where that cannot be (no text stands there, it gets too long, or the
+        edits' places are not in it)."""
         if self.hole is None or not words.strip():
             return None
         start, stop = self.hole
         before = self.tokens.text[:start]
         try:
-            return model.tokens(before + words.strip() + self.tokens.text[stop:])
-        except PromptError:
+            tokens = self.model.tokens(before + words.strip() + self.tokens.text[stop:])
+            self.edited(tokens)
+        except (PromptError, PositionError):
             return None
+        return tokens
 
 
-def resolve_target(model: Model, prompt: Prompt, position: Position) -> Target:
+def resolve_target(model: Model, prompt: Prompt, position: Position, edits: Sequence[Edit] = ()) -> Target:
     """The target prompt with its i*.
 
     A slot "{x}" in the prompt stands for the placeholder and settles the position; else `position` is an index or a piece of text.
@@ -45,7 +63,7 @@ def resolve_target(model: Model, prompt: Prompt, position: Position) -> Target:
         text = prompt.replace(SLOT, PLACEHOLDER)
         tokens = model.tokens(text)
         span = tokens.find(PLACEHOLDER, occurrence=text[: start + 1].count(PLACEHOLDER))
-        return Target(tokens, span.last, (start, start + 1))
+        return Target(tokens, span.last, (start, start + 1), model, edits)
     tokens = model.tokens(prompt)
     try:
         index = tokens.position(position)
@@ -57,7 +75,7 @@ def resolve_target(model: Model, prompt: Prompt, position: Position) -> Target:
         raise
     if isinstance(position, str) and tokens.text.count(position) == 1:
         start = tokens.text.index(position)
-        return Target(tokens, index, (start, start + len(position)))
+        return Target(tokens, index, (start, start + len(position)), model, edits)
     start, stop = tokens.offsets[index]
     start += len(tokens.text[start:stop]) - len(tokens.text[start:stop].lstrip())
-    return Target(tokens, index, (start, stop) if stop > start else None)
+    return Target(tokens, index, (start, stop) if stop > start else None, model, edits)
