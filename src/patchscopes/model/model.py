@@ -231,6 +231,7 @@ class Model:
             self._sites(wrt),
             self._placed(edits, batch),
             padding_exact=self.capabilities.ok("left_padding"),
+            values=[edit.value for edit in edits],
             coordinates=hung,
             checkpoint=checkpoint,
         )
