@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from patchscopes.controls.vectors import SECOND_LOOK
-from patchscopes.core.edits import WRITES, Write
+from patchscopes.core.edits import OF_SCOPES, Write
 from patchscopes.core.errors import InputError, PromptError, UnknownName, VectorError, nearest
 from patchscopes.core.layers import Layers, resolve_layers
 from patchscopes.core.sites import SCOPED, Site
@@ -160,8 +160,8 @@ class Patchscope:
                 )
         if self.site not in SCOPED:
             raise UnknownName(f"unknown site {self.site!r}. {nearest(self.site, SCOPED)}")
-        if self.write not in WRITES:
-            raise UnknownName(f"unknown write {self.write!r}. {nearest(self.write, WRITES)}")
+        if self.write not in OF_SCOPES:
+            raise UnknownName(f"a scope cannot write {self.write!r}; expected one of {', '.join(OF_SCOPES)}")
         if self.max_new_tokens < 1 or self.draws < 1:
             raise InputError(f"max_new_tokens is {self.max_new_tokens} and draws is {self.draws}; expected at least 1 of each")
         if self.temperature < 0 or (self.draws > 1 and self.temperature == 0):
