@@ -84,6 +84,12 @@ def test_the_last_layer_moves_nothing_unless_it_is_read_there() -> None:
     assert set(readings.readings["verdict"]) == {"same"}
 
 
+@pytest.mark.parametrize("write", ["scale", "mask", "knock_out", "stop_gradient", "interpolate"])
+def test_writes_that_are_for_edits_only_are_refused(write) -> None:
+    with pytest.raises(UnknownName, match="a scope cannot write"):
+        ps.Patchscope(TARGET, write=write, max_new_tokens=1)(ps.Source(loaded("llama"), "ab", layer=2), controls=False)
+
+
 def test_writes_and_sites() -> None:
     model = loaded("llama")
     tokens = model.tokens("hello x is")
