@@ -37,8 +37,9 @@ from patchscopes.core.sites import Site
 from patchscopes.engine.attention import switched
 from patchscopes.engine.caches import fork, splice
 from patchscopes.engine.engine import Engine, Reading, SharedKV
-from patchscopes.engine.hooks import Handle, hooked, on_output
+from patchscopes.engine.hooks import Handle, all_of, hooked, on_output
 from patchscopes.engine.packing import Wish
+from patchscopes.engine.places import at_sites
 from patchscopes.engine.shared_prefix import Seats, prefix_of, with_prefix
 
 Route = Literal["stairs", "whole", "hooks"]
@@ -119,6 +120,8 @@ class Stem:
         room: int = 0,
     ):
         self.engine, self.targets, self.route, self.mask, self.room = engine, targets, route, mask, room
+        if any(row.site.name in ("attn_in", "mlp_in") for row in rows):
+            _ = engine.parts  # found now: inside `attending` the model would be compared with itself
         self.pads = [0] * len(targets) if mask is None else (~mask).sum(1).tolist()
         width = targets.shape[1]
         self.start = 0
@@ -249,7 +252,7 @@ class Stem:
                 self._write(x, some, slice(0, n), site.name, ratios, block=site.index)
                 return x
 
-            return engine.at_site(site, change)
+            return all_of(*at_sites(engine, {site: change}))
 
         def forget(cache: Any, block: int) -> Handle:
             """A readout goes on from no cache: only one block's keys and values of rows live at a time."""
@@ -319,7 +322,7 @@ class Stem:
                 self._write(x, mine, slice(0, len(rows)), site.name, ratios)
                 return x
 
-            return engine.at_site(site, change)
+            return all_of(*at_sites(engine, {site: change}))
 
         ids = self.targets[[row.target for row in rows]]
         with hooked(at(site) for site in sorted({row.site for row in rows if row.value is not None})):
