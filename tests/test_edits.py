@@ -100,6 +100,21 @@ def test_what_cannot_be_is_said_at_once(make, kind: type[PatchscopesError], mess
         make()
 
 
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (Edit("resid.2", 1, numbers(3), features=(0, 1)), f"for 3 features; expected 2 or {WIDTH}"),
+        (Edit("resid.2", 1, numbers(2), features=(0, WIDTH)), f"names feature {WIDTH}"),
+        (Edit("resid.2", 1, write="scale", features=(-1,)), "names feature -1"),
+        (Edit("resid.2", 1, numbers(3), coordinates=Subspace.spanned_by(numbers(2, WIDTH))), "for 3 features; expected 2"),
+        (Edit("resid.2", 1, numbers(2), coordinates=Subspace.spanned_by(numbers(2, WIDTH + 1))), f"values {WIDTH + 1} wide"),
+    ],
+)
+def test_features_that_do_not_fit_are_refused_before_anything_runs(edit: Edit, message: str) -> None:
+    with pytest.raises(VectorError, match=message):
+        loaded("gpt2").run("abcd", edits=[edit])
+
+
 @pytest.mark.parametrize(("name", "value", "kind"), [("write", "replce", UnknownName), ("steps", "sometimes", InputError)])
 def test_words_that_are_not_known(name: str, value: str, kind: type[PatchscopesError]) -> None:
     edit = Edit("resid.1", 0, numbers(5))

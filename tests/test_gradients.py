@@ -128,6 +128,16 @@ def doubled(family: str) -> ps.Model:
     return _DOUBLED[family]
 
 
+def test_every_edit_has_its_own_gradient_in_the_order_given() -> None:
+    v = torch.zeros(loaded("gpt2").d_model)
+    one, two = Edit("resid.1", 0, v, "add"), Edit("resid.2", 1, v.clone(), "add")
+    nothing = [stop_gradient("embed"), Edit("mlp_out.1", None, write="scale", amount=0.5)]
+    got = loaded("gpt2").gradients("abcd", difference, edits=[nothing[0], one, nothing[1], two, one], wrt=["resid.1", "resid.2"])
+    assert [g is None for g in got.edits] == [True, False, True, False, False]
+    assert got.edits[3] is not None and error(got.edits[3], got["resid.2"][0, 1]) < 1e-6
+    assert got.edits[1] is not None and error(got.edits[1], 2 * got["resid.1"][0, 0]) < 1e-6  # it was made twice
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3n", "gemma4", "bloom", "mixtral", "mamba2"])
 def test_checkpointing_changes_nothing_but_what_is_kept(family: str) -> None:
     model, sites = loaded(family), ["resid.0", "resid.4", "attn_in.2"]

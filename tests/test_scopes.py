@@ -84,6 +84,27 @@ def test_the_last_layer_moves_nothing_unless_it_is_read_there() -> None:
     assert set(readings.readings["verdict"]) == {"same"}
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj", "mamba"])
+@pytest.mark.parametrize("site", ["attn_in", "mlp_in"])
+def test_what_blocks_read_is_written_as_an_edit_writes_it(family: str, site: str) -> None:
+    model = loaded(family)
+    if family == "mamba" and site == "mlp_in":
+        pytest.skip("a Mamba block has no MLP")
+    value = model.run("ab", read=f"{site}.2").at(f"{site}.2", position=-1)
+    scope = ps.Patchscope("hello x is", position="x", site=site, layer=[0, 3], max_new_tokens=3)
+    readings = scope(ps.Source(model, "ab", site=site, layer=2), controls=False, keep_logits=True)
+    for row, block in enumerate((0, 3)):
+        want = model.generate("hello x is", edits=[ps.Edit(f"{site}.{block}", "x", value)], max_new_tokens=3)[0]
+        assert readings.logits is not None and error(readings.logits[row], want.logits) < 1e-4
+        assert readings.readings["text"][row] == want.text
+
+
+@pytest.mark.parametrize("write", ["scale", "mask", "knock_out", "stop_gradient", "interpolate"])
+def test_writes_that_are_for_edits_only_are_refused(write) -> None:
+    with pytest.raises(UnknownName, match="a scope cannot write"):
+        ps.Patchscope(TARGET, write=write, max_new_tokens=1)(ps.Source(loaded("llama"), "ab", layer=2), controls=False)
+
+
 def test_writes_and_sites() -> None:
     model = loaded("llama")
     tokens = model.tokens("hello x is")

@@ -30,6 +30,7 @@ from patchscopes.core.sites import EDGES
 
 Write = Literal["replace", "add", "add_matched", "scale", "interpolate", "mask", "stop_gradient", "knock_out"]
 WRITES: tuple[Write, ...] = ("replace", "add", "add_matched", "scale", "interpolate", "mask", "stop_gradient", "knock_out")
+OF_SCOPES: tuple[Write, ...] = ("replace", "add", "add_matched")  # what a Patchscope may do with a state
 _WITHOUT_VALUE = ("scale", "stop_gradient", "knock_out")
 _SAVED = {kind.__name__: kind for kind in (Whole, Subspace, Dictionary)}
 Steps = Literal["prompt", "always"] | tuple[int, ...]

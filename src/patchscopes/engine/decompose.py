@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from patchscopes.core.errors import RefusedError
+from patchscopes.core.errors import RefusedError, UnknownName, nearest
 from patchscopes.core.sites import Site
 from patchscopes.engine.engine import Engine
 from patchscopes.engine.run import run
@@ -35,7 +35,9 @@ class Decomposition:
     layer: int
 
     def __getitem__(self, label: str) -> Float[Tensor, "batch pos d_model"]:
-        """One component."""
+        """One component. UnknownName for a label that is not there."""
+        if label not in self.labels:
+            raise UnknownName(f"no component {label!r} in this decomposition. {nearest(label, self.labels)}")
         return self.components[self.labels.index(label)]
 
 

@@ -92,6 +92,8 @@ class Stem:
         room: int = 0,
     ):
         self.engine, self.targets, self.route, self.mask, self.room = engine, targets, route, mask, room
+        if any(row.site.name in ("attn_in", "mlp_in") for row in rows):
+            _ = engine.parts  # found now: inside `attending` the model would be compared with itself
         self.pads = [0] * len(targets) if mask is None else (~mask).sum(1).tolist()
         width = targets.shape[1]
         self.start = 0

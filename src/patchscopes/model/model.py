@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchscopes.core.coordinates import Coordinates
-from patchscopes.core.edits import Edit
+from patchscopes.core.coordinates import Coordinates, Dictionary, Subspace, Whole
+from patchscopes.core.edits import OF_SCOPES, Edit
 from patchscopes.core.errors import InputError, NotAvailableError, PositionError, PromptError, SiteError, VectorError
 from patchscopes.core.layers import resolve_layers
 from patchscopes.core.positions import Positions, Span
@@ -234,6 +234,7 @@ class Model:
             self._sites(wrt),
             self.placed(edits, batch),
             padding_exact=self.capabilities.ok("left_padding"),
+            values=[edit.value for edit in edits],
             coordinates=hung,
             checkpoint=checkpoint,
         )
@@ -248,7 +249,7 @@ class Model:
             placed = self.placed([edit], [tokens])
             plain = edit.coordinates is None and edit.features is None and edit.amount == 1 and edit.steps == "prompt"
             one = placed[0]
-            if len(placed) != 1 or not plain or one.site.name not in SCOPED or one.write not in ("replace", "add", "add_matched"):
+            if len(placed) != 1 or not plain or one.site.name not in SCOPED or one.write not in OF_SCOPES:
                 raise InputError(f"{edit!r} is no plain patch of one vector; take `gradients`, which takes any edits")
             if one.positions is None or len(one.positions) != 1:
                 raise InputError(
@@ -367,6 +368,8 @@ class Model:
 
     def placed(self, edits: Sequence[Edit], batch: Sequence[Tokens]) -> list[Placed]:
         """The edits, each for one prompt and one site, with positions resolved. Everything wrong with them is said here."""
+        if isinstance(edits, Edit) or not all(isinstance(edit, Edit) for edit in edits):
+            raise InputError("edits is a list of Edit; knock_out and freeze give lists themselves: edits=[one, *knock_out(…)]")
         return [
             Placed(
                 site,
@@ -388,6 +391,8 @@ class Model:
     def _edit_value(self, edit: Edit, site: Site, tokens: Tokens) -> Tensor | None:
         shape = shape_of(self.engine, site)
         value = edit.value
+        if site.name not in (*EDGES, "state"):
+            _check_features(edit, site, shape[-1])
         if value is None:
             return None
         if value.dtype != self.dtype or value.device not in self.engine.devices:
@@ -473,6 +478,28 @@ def _positions(where: Positions, tokens: Tokens) -> tuple[int, ...] | None:
         return None
     asked = [where] if isinstance(where, (int, str, Span)) else list(where)
     return tuple(tokens.position(position) for position in asked)
+
+
+def _check_features(edit: Edit, site: Site, width: int) -> None:
+    """VectorError if coordinates, features or a value in them do not fit a site of this width. Of classes of one's own nothing is known."""
+    system = edit.coordinates
+    directions = {Subspace: "basis", Dictionary: "encoder"}.get(type(system))  # type: ignore[arg-type]
+    count = width
+    if directions is not None:
+        count, reads = getattr(system, directions).shape
+        if reads != width:
+            raise VectorError(
+                f"the coordinates of the edit at {site} are of values {reads} wide; what stands there is {width} wide"
+            )
+    elif system is not None and type(system) is not Whole:
+        return
+    wrong = [f for f in edit.features or () if not 0 <= f < count]
+    if wrong:
+        raise VectorError(f"the edit at {site} names feature {wrong[0]}; there are {count}, counted from 0")
+    allowed = [count] if edit.features is None else [len(edit.features), count]
+    given = allowed[0] if edit.value is None else edit.value.shape[-1] if edit.value.ndim else 0
+    if (system is not None or edit.features is not None) and given not in allowed:
+        raise VectorError(f"the edit at {site} has a value for {given} features; expected {' or '.join(map(str, allowed))}")
 
 
 def _kind(dtype: torch.dtype, device: torch.device) -> str:

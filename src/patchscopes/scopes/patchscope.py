@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from patchscopes.controls.vectors import SECOND_LOOK
-from patchscopes.core.edits import Edit, Write
+from patchscopes.core.edits import OF_SCOPES, Edit, Write
 from patchscopes.core.errors import InputError, PromptError, UnknownName, VectorError, nearest
 from patchscopes.core.layers import Layers, resolve_layers
 from patchscopes.core.sites import SCOPED, Site
@@ -39,7 +39,6 @@ from patchscopes.scopes.readings import SCHEMA, Readings
 from patchscopes.scopes.source import Looked, Source, look
 from patchscopes.scopes.target import PLACEHOLDER, Target, resolve_target
 
-PATCHES: tuple[Write, ...] = ("replace", "add", "add_matched")  # how a vector can be written
 Progress = Callable[[int, int, str], None]  # (done, of, what)
 
 
@@ -168,8 +167,8 @@ class Patchscope:
                 )
         if self.site not in SCOPED:
             raise UnknownName(f"unknown site {self.site!r}. {nearest(self.site, SCOPED)}")
-        if self.write not in PATCHES:
-            raise UnknownName(f"unknown write {self.write!r}. {nearest(self.write, PATCHES)}")
+        if self.write not in OF_SCOPES:
+            raise UnknownName(f"a scope cannot write {self.write!r}; expected one of {', '.join(OF_SCOPES)}")
         if self.max_new_tokens < 1 or self.draws < 1:
             raise InputError(f"max_new_tokens is {self.max_new_tokens} and draws is {self.draws}; expected at least 1 of each")
         if self.temperature < 0 or (self.draws > 1 and self.temperature == 0):
