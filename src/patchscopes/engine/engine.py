@@ -25,6 +25,7 @@ from patchscopes.engine.given import DecoderCache, Encoded, Images, own_position
 from patchscopes.engine.hooks import Change, Handle, bypassing, hooked, map_tensors, on_arguments, on_input, on_output
 from patchscopes.engine.packing import Packing
 from patchscopes.engine.parts import AllParts, find_parts
+from patchscopes.engine.refuse import refuse_compiled
 from patchscopes.engine.remember import Store
 
 SharedKV = dict[str, tuple[Tensor, ...]]
@@ -128,6 +129,7 @@ class Engine:
         positions: Tensor | None = None,
     ) -> Float[Tensor, "batch kept vocab"]:
         """Logits of one pass. `keep`: the positions of `ids` whose logits are wanted (None: all); `offset`: tokens in the cache."""
+        refuse_compiled((self.model, *self.blocks))  # it may have been since it was loaded
         n, s = ids.shape
         names = ("decoder_input_ids", "decoder_attention_mask") if self.encodes else ("input_ids", "attention_mask")
         kwargs: dict[str, Any] = {names[0]: ids}

@@ -28,6 +28,7 @@ from patchscopes.engine.edits import Placed
 from patchscopes.engine.engine import Engine
 from patchscopes.engine.gradients import Gradients, Metric, Tangents, gradients, jvp
 from patchscopes.engine.places import shape_of
+from patchscopes.engine.refuse import refuse_unreadable
 from patchscopes.engine.run import Run, run
 from patchscopes.engine.speech import Decoding
 from patchscopes.model.checked import checked
@@ -42,11 +43,13 @@ class Model:
     """A Hugging Face decoder with its tokenizer, engine and measured abilities. Use `patchscopes.load`."""
 
     def __init__(self, hf: torch.nn.Module, tokenizer: Any, *, name: str, revision: str | None = None):
+        refuse_unreadable(hf)
         self.hf, self.tokenizer = hf, tokenizer
         self.name, self.revision = name, revision
         self.engine = Engine(hf)
         self.capabilities: Capabilities = checked(self.engine, self.dtype)
-        self.capabilities.require("own_pass", "reading and patching")
+        for ability in ("own_pass", "hooks_seen"):
+            self.capabilities.require(ability, "reading and patching")
         self.engine.given = None  # what an encoder–decoder was measured with
         self._given: dict[str, str] = {}
         self.engine.packing = self.capabilities.packing
