@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -67,6 +68,8 @@ class Edit:
         if (self.value is None) != (self.write in _WITHOUT_VALUE):
             wants = "takes no value" if self.value is not None else "needs a value"
             raise VectorError(f"the edit {self.write!r} at {self.site} {wants}")
+        if not math.isfinite(self.amount):
+            raise VectorError(f"the edit at {self.site} has the amount {self.amount}; expected a finite number")
         edges = self.site.split(".")[0] in EDGES or "scores" in self.site or "pattern" in self.site
         if self.keys is not None and not edges:
             raise SiteError(f"keys were given for {self.site}; only {' and '.join(EDGES)} have keys")

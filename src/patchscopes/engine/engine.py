@@ -81,7 +81,8 @@ class Engine:
             self.context -= self.first_position
         self.layout = self._measure_layout()
         self.anatomy = replace(self.anatomy, batch_axes=self._measure_batch_axes())
-        one = self.read(torch.zeros(1, 1, dtype=torch.long, device=self.device), [0]).h[0]
+        some = self.read(torch.zeros(1, 1, dtype=torch.long, device=self.device), range(self.n_layers + 1)).h
+        one = some[0]
         self.packing = Packing()  # what rows may share: nothing, until it was measured (`check`)
         self.store: Store | None = None  # base runs of targets, while they are remembered
         # what a residual carries in front of its batch (with `layout` undone): () but for Gemma-3n, DeepSeek-V4 and their like
@@ -89,6 +90,8 @@ class Engine:
         self.d_model: int = one.shape[-1]  # the residual's width: in Qwen-4 several times the config's hidden_size
         # shapes of sites seen so far (places.shape_of)
         self.shapes: dict[Site, tuple[int, ...]] = {}
+        # number formats of sites: Mamba keeps its residual stream in float32 whatever its weights are in
+        self.dtypes: dict[Site, torch.dtype] = {Site("resid", layer): h.dtype for layer, h in some.items()}
 
     @cached_property
     def devices(self) -> frozenset[torch.device]:

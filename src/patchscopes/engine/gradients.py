@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from patchscopes.core.coordinates import Coordinates
 from patchscopes.core.errors import InputError, RefusedError, VectorError
+from patchscopes.core.finite import require_finite
 from patchscopes.core.sites import Site
 from patchscopes.engine.edits import Placed
 from patchscopes.engine.engine import Engine
@@ -198,6 +199,7 @@ def jvp(
     """See `Model.jvp`. Where a model calls what has no forward-mode (custom functions, grouped products of experts), two backward
     passes give the same: Jᵀu is linear in u, and its derivative along u is J t."""
     refuse_quantised(engine.model)
+    require_finite(tangent, f"the tangent at {site}")
     if len({p.shape[1] for p in prompts}) > 1 and not padding_exact:
         both = [jvp(engine, [p], site, tangent, sites, padding_exact=True) for p in prompts]
         longest = max(p.shape[1] for p in prompts)

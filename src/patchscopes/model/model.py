@@ -18,6 +18,7 @@ from torch import Tensor
 from patchscopes.core.coordinates import Coordinates
 from patchscopes.core.edits import Edit
 from patchscopes.core.errors import InputError, NotAvailableError, PositionError, PromptError, SiteError, VectorError
+from patchscopes.core.finite import require_finite
 from patchscopes.core.layers import resolve_layers
 from patchscopes.core.positions import Positions, Span
 from patchscopes.core.sites import EDGES, Site, resolve_sites
@@ -27,7 +28,7 @@ from patchscopes.engine.decompose import Decomposition, decompose
 from patchscopes.engine.edits import Placed
 from patchscopes.engine.engine import Engine
 from patchscopes.engine.gradients import Gradients, Metric, Tangents, gradients, jvp
-from patchscopes.engine.places import shape_of
+from patchscopes.engine.places import dtype_of, shape_of
 from patchscopes.engine.refuse import refuse_unreadable
 from patchscopes.engine.run import Run, run
 from patchscopes.engine.speech import Decoding
@@ -333,11 +334,7 @@ class Model:
                 f"the vector is {value.shape[-1]} wide, but {self.name} is {self.d_model} wide. Give a map between the two widths (map=…), "
                 "or a vector of this model."
             )
-        if not torch.isfinite(value).all():
-            bad = int((~torch.isfinite(value)).sum())
-            raise VectorError(
-                f"the vector has {bad} of {value.numel()} entries that are not finite (NaN or infinity); expected numbers"
-            )
+        require_finite(value, "the vector")
         return value
 
     def _placed(self, edits: Sequence[Edit], batch: Sequence[Tokens]) -> list[Placed]:
@@ -365,14 +362,13 @@ class Model:
         value = edit.value
         if value is None:
             return None
-        if value.dtype != self.dtype or value.device not in self.engine.devices:
+        fits = value.dtype == self.dtype or (value.is_floating_point() and value.dtype == dtype_of(self.engine, site))
+        if not fits or value.device not in self.engine.devices:
             raise VectorError(
                 f"the edit at {site} has a value in {_kind(value.dtype, value.device)}, but {self.name} computes in "
                 f"{_kind(self.dtype, self.device)}. Convert it: value.to(model.device, model.dtype)"
             )
-        if not torch.isfinite(value).all():
-            bad = int((~torch.isfinite(value)).sum())
-            raise VectorError(f"the edit at {site} has {bad} of {value.numel()} entries that are not finite; expected numbers")
+        require_finite(value, f"the edit at {site}")
         if edit.coordinates is not None or edit.features is not None or site.name == "state":
             return value
         if site.name in EDGES:
