@@ -18,6 +18,7 @@ from transformers import AwqConfig
 
 import patchscopes as ps
 from patchscopes.core.errors import RefusedError, VectorError
+from patchscopes.engine.refuse import refuse_quantised
 
 IDS = torch.tensor([[1, 5, 6, 7]])
 
@@ -98,7 +99,11 @@ def test_what_was_compiled_in_place_is_refused(what: str) -> None:
     else:
         module = hf if what == "forward" else block
         module.forward = torch.compile(module.forward, backend="eager")
-    where = {"model": "the module LlamaForCausalLM", "forward": "the module LlamaForCausalLM", "inside a block": r"layers\.2\.mlp"}
+    where = {
+        "model": "the module LlamaForCausalLM",
+        "forward": "the module LlamaForCausalLM",
+        "inside a block": r"layers\.2\.mlp",
+    }
     refused(hf, rf"{where.get(what, r'model.layers.2')}.* is compiled \(", "silently ignores hooks", "load it anew")
 
 
@@ -136,7 +141,9 @@ def test_a_layer_with_a_kernel_swapped_in_is_refused() -> None:
 
     norm.kernel_layer_name = "RMSNorm"  # what the decorator of the package kernels leaves on the class,
     norm.forward = MethodType(kernel, norm)  # and kernelize on the instance
-    refused(hf, r"a kernel was swapped into model.layers.1.input_layernorm \(LlamaRMSNorm\) \(RMSNorm\)", "without calling kernelize")
+    refused(
+        hf, r"a kernel was swapped into model.layers.1.input_layernorm \(LlamaRMSNorm\) \(RMSNorm\)", "without calling kernelize"
+    )
 
 
 def test_layers_that_could_have_a_kernel_and_have_none_are_read() -> None:
@@ -278,13 +285,14 @@ def test_gradients_of_quantised_models_are_refused(how: str) -> None:
 
 def test_dynamically_quantised_layers_are_recognised() -> None:
     """Their weights are no parameters."""
-    if "fbgemm" not in torch.backends.quantized.supported_engines and "qnnpack" not in torch.backends.quantized.supported_engines:
-        pytest.skip("this torch has no kernels for whole numbers")
-    from patchscopes.engine.refuse import refuse_quantised
 
-    hf = nn.Sequential(torch.ao.nn.quantized.dynamic.Linear(4, 4))
+    class Linear(nn.Module):
+        """As torch names its own; those that it makes itself warn that they are to go."""
+
+    Linear.__module__ = "torch.ao.nn.quantized.dynamic.modules.linear"
+
     with pytest.raises(RefusedError, match=r"0 is a torch.ao Linear"):
-        refuse_quantised(hf)
+        refuse_quantised(nn.Sequential(Linear()))
 
 
 # ----------------------------------------------------------------------------------------------------- numbers, formats, own hooks
@@ -350,7 +358,7 @@ def test_a_value_in_the_format_of_its_site_is_taken() -> None:
     assert torch.equal(*both) and not torch.equal(both[0], run.logits)
     with pytest.raises(VectorError, match="float64 on cpu"):
         model.run("abc", edits=[ps.Edit("resid.2", 1, value.double())])
-    with pytest.raises(VectorError, match="float32 on cpu, but .* computes in bfloat16"):
+    with pytest.raises(VectorError, match=r"float32 on cpu, but .* computes in bfloat16"):
         model.run("abc", edits=[ps.Edit("resid.0", 1, value)])  # the embeddings are not in float32
 
 

@@ -95,7 +95,9 @@ def _distributed(model: nn.Module) -> Iterator[str]:
 
 
 def _meta(model: nn.Module) -> Iterator[str]:
-    offloaded = [name for name, module in model.named_modules() if hasattr(module, "_hf_hook")]  # accelerate brings them when needed
+    offloaded = [
+        name for name, module in model.named_modules() if hasattr(module, "_hf_hook")
+    ]  # accelerate brings them when needed
     for name, parameter in model.named_parameters():
         if parameter.is_meta and not any(name.startswith(f"{above}." if above else "") for above in offloaded):
             yield (
@@ -130,8 +132,8 @@ def _quantised(model: nn.Module) -> str | None:
     for name, module in model.named_modules():
         if type(module).__module__.startswith(("torch.ao.nn.", "torchao.", "bitsandbytes.")):
             return f"its weights are quantised ({name} is a {type(module).__module__.split('.nn.')[0]} {type(module).__name__})"
-        if "qweight" in module._buffers:  # GPTQ and AWQ keep weights in buffers of whole numbers
-            return f"its weights are quantised ({name}.qweight, {_format(module.qweight.dtype)})"
+        if (packed := module._buffers.get("qweight")) is not None:  # GPTQ and AWQ keep weights in buffers of whole numbers
+            return f"its weights are quantised ({name}.qweight, {_format(packed.dtype)})"
     for name, p in model.named_parameters():
         if type(p).__module__.startswith("torchao"):  # they call themselves bfloat16
             return f"its weights are quantised ({name} is a {type(p).__name__})"
