@@ -104,7 +104,17 @@ def test_what_was_compiled_in_place_is_refused(what: str) -> None:
         "forward": "the module LlamaForCausalLM",
         "inside a block": r"layers\.2\.mlp",
     }
-    refused(hf, rf"{where.get(what, r'model.layers.2')}.* is compiled \(", "silently ignores hooks", "load it anew")
+    how = {
+        "wrapped block": "torch.compile",
+        "forward": "torch.compile of its forward",
+        "block's forward": "torch.compile of its forward",
+    }
+    refused(
+        hf,
+        rf"{where.get(what, r'model.layers.2')}.* is compiled \({how.get(what, 'module.compile')}(\(\))?\)",
+        "silently ignores hooks",
+        "load it anew",
+    )
 
 
 @pytest.mark.parametrize("part", [lambda hf: hf, lambda hf: hf.model.layers[2]], ids=["model", "block"])
@@ -254,6 +264,7 @@ QUANTISED: dict[str, tuple[Callable[[nn.Module], None], str]] = {
     "config as a dict": (_config({"quant_method": "fp8"}), r"\(fp8\)"),
     "config as an object": (_config(AwqConfig()), r"\(awq\)"),
     "what the quantizer sets": (lambda hf: setattr(hf, "quantization_method", "gptq"), r"\(gptq\)"),
+    "the quantizer": (lambda hf: setattr(hf, "hf_quantizer", object()), "weights are quantised"),
     "its flag": (lambda hf: setattr(hf, "is_quantized", True), "weights are quantised"),
     "its flag on a part": (lambda hf: setattr(hf.config, "_is_quantized", True), "weights are quantised"),
     "bytes": (_parameter(torch.ones(8, 1, dtype=torch.uint8)), r"layers.1.mlp.extra holds whole numbers \(uint8\)"),
