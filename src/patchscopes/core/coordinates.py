@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from patchscopes.core.errors import VectorError
+from patchscopes.core.finite import require_finite
 
 ORTHONORMAL = 1e-4  # how far B Bᵀ may be from the identity
 
@@ -68,6 +69,7 @@ class Subspace:
     def __post_init__(self) -> None:
         if self.basis.ndim != 2:
             raise VectorError(f"a basis of shape {tuple(self.basis.shape)}; expected (directions, width)")
+        require_finite(self.basis, f"the basis of {self.name!r}")
         gram = (self.basis @ self.basis.T).detach().double()
         off = float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max())
         if not off <= ORTHONORMAL:
@@ -79,6 +81,7 @@ class Subspace:
     def spanned_by(cls, directions: Float[Tensor, "*direction width"], name: str = "subspace") -> Subspace:
         """The space that some directions span (one, or several that are independent: VectorError otherwise)."""
         rows = torch.atleast_2d(directions)
+        require_finite(rows, "a direction")
         q, r = torch.linalg.qr(rows.double().T)
         size = r.diagonal().abs()
         if len(rows) > rows.shape[1] or not bool((size > 1e-6 * rows.double().norm(dim=-1)).all()) or not bool(size.all()):
@@ -98,13 +101,17 @@ class Subspace:
 
 @dataclass(frozen=True, eq=False)
 class Dictionary:
-    """A sparse autoencoder: `encoder` and `decoder` [feature, width], biases [feature] and [width]."""
+    """A sparse autoencoder: `encoder` and `decoder` [feature, width], biases [feature] and [width]. VectorError if one is not finite."""
 
     encoder: Float[Tensor, "feature width"]
     encoder_bias: Float[Tensor, " feature"]
     decoder: Float[Tensor, "feature width"]
     decoder_bias: Float[Tensor, " width"]
     name: str = "dictionary"
+
+    def __post_init__(self) -> None:
+        for name in ("encoder", "encoder_bias", "decoder", "decoder_bias"):
+            require_finite(getattr(self, name), f"the {name} of the dictionary {self.name!r}")
 
     def encode(self, x: Float[Tensor, "*row width"]) -> Float[Tensor, "*row feature"]:
         """relu(x Eᵀ + b)."""

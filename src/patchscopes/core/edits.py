@@ -9,31 +9,44 @@ With x what stands at the site, v the edit's value and a its amount, x becomes
     knock_out      no attention from `position` to `keys`: −∞ at `scores`, 0 at `pattern`
 
 Through a coordinate system the same is done to its features (`coordinates`), or to some of them (`features`).
-`project_out`, `swap`, `knock_out`, `freeze` and `stop_gradient` below make the common ones.
+`project_out`, `swap`, `knock_out`, `freeze` and `stop_gradient` below make the common ones; `save_edits` and `load_edits` are in
+`edit_files`, and reached from here too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Protocol, runtime_checkable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from patchscopes.core.coordinates import Coordinates, Dictionary, Subspace, Whole
-from patchscopes.core.errors import InputError, RefusedError, SiteError, UnknownName, VectorError, nearest
-from patchscopes.core.positions import Positions, Span
+from patchscopes.core.coordinates import Coordinates, Subspace
+from patchscopes.core.errors import InputError, SiteError, UnknownName, VectorError, nearest
+from patchscopes.core.positions import Positions
 from patchscopes.core.sites import EDGES
+
+if TYPE_CHECKING:
+    from patchscopes.core.edit_files import load_edits as load_edits
+    from patchscopes.core.edit_files import save_edits as save_edits
 
 Write = Literal["replace", "add", "add_matched", "scale", "interpolate", "mask", "stop_gradient", "knock_out"]
 WRITES: tuple[Write, ...] = ("replace", "add", "add_matched", "scale", "interpolate", "mask", "stop_gradient", "knock_out")
 OF_SCOPES: tuple[Write, ...] = ("replace", "add", "add_matched")  # what a Patchscope may do with a state
 _WITHOUT_VALUE = ("scale", "stop_gradient", "knock_out")
-_SAVED = {kind.__name__: kind for kind in (Whole, Subspace, Dictionary)}
 Steps = Literal["prompt", "always"] | tuple[int, ...]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("save_edits", "load_edits"):
+        from patchscopes.core import edit_files
+
+        return getattr(edit_files, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +81,8 @@ class Edit:
         if (self.value is None) != (self.write in _WITHOUT_VALUE):
             wants = "takes no value" if self.value is not None else "needs a value"
             raise VectorError(f"the edit {self.write!r} at {self.site} {wants}")
+        if not math.isfinite(self.amount):
+            raise VectorError(f"the edit at {self.site} has the amount {self.amount}; expected a finite number")
         edges = self.site.split(".")[0] in EDGES or "scores" in self.site or "pattern" in self.site
         if self.keys is not None and not edges:
             raise SiteError(f"keys were given for {self.site}; only {' and '.join(EDGES)} have keys")
@@ -91,8 +106,10 @@ class Edit:
     @property
     def digest(self) -> str:
         """A hash of everything in it: "sha256:…"."""
+        from patchscopes.core.edit_files import described  # which knows edits, and imports this module
+
         tensors: dict[str, Tensor] = {}
-        digest = hashlib.sha256(json.dumps(_described(self, "0", tensors), sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(described(self, "0", tensors), sort_keys=True).encode())
         for name in sorted(tensors):
             digest.update(f"{name}{tuple(tensors[name].shape)}{tensors[name].dtype}".encode())
             digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -197,78 +214,3 @@ def written(
         value = value * (old.norm(dim=-1, keepdim=True) / value.norm(dim=-1, keepdim=True))
     plain = isinstance(amount, float) and amount == 1.0
     return old + (value if plain else amount * value)
-
-
-# --------------------------------------------------------------------------------------------------------------------------- on disk
-
-
-def save_edits(path: str, edits: Sequence[Edit]) -> None:
-    """Write edits to a safetensors file. RefusedError for coordinates of a class of your own."""
-    from safetensors.torch import save_file
-
-    tensors: dict[str, Tensor] = {}
-    described = [_described(edit, str(k), tensors, to_save=True) for k, edit in enumerate(edits)]
-    save_file({k: t.contiguous() for k, t in tensors.items()} or {"none": torch.zeros(0)}, path, {"edits": json.dumps(described)})
-
-
-def load_edits(path: str) -> list[Edit]:
-    """The edits of a file that `save_edits` wrote."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        found = (file.metadata() or {}).get("edits")
-        if found is None:
-            raise InputError(f"{path} holds no edits; expected a file that save_edits wrote")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    return [_made(description, str(k), tensors) for k, description in enumerate(json.loads(found))]
-
-
-def _described(edit: Edit, key: str, tensors: dict[str, Tensor], *, to_save: bool = False) -> dict[str, Any]:
-    """Everything but the tensors, which go into `tensors` under names that begin with `key`."""
-    plain: dict[str, Any] = {}
-    for field in fields(edit):
-        value = getattr(edit, field.name)
-        if isinstance(value, Tensor):
-            tensors[f"{key}.{field.name}"] = value.detach().cpu()
-        elif field.name == "coordinates" and value is not None:
-            kind = type(value).__name__
-            if to_save and type(value) is not _SAVED.get(kind):
-                raise RefusedError(f"coordinates of the class {kind} cannot be saved; {', '.join(_SAVED)} can")
-            parts = {name: getattr(value, name) for name in getattr(value, "__dataclass_fields__", {"name": None})}
-            for name, part in parts.items():
-                if isinstance(part, Tensor):
-                    tensors[f"{key}.coordinates.{name}"] = part.detach().cpu()
-            plain["coordinates"] = {"kind": kind, **{n: p for n, p in parts.items() if not isinstance(p, Tensor)}}
-        elif value != field.default:
-            plain[field.name] = _listed(value)
-    return plain
-
-
-def _listed(value: object) -> Any:
-    if isinstance(value, Span):
-        return {"span": asdict(value)}
-    return [_listed(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _unlisted(name: str, value: Any) -> Any:
-    if isinstance(value, dict):
-        return Span(**value["span"])
-    if isinstance(value, list):
-        return (list if name in ("position", "keys") else tuple)(_unlisted(name, v) for v in value)
-    return value
-
-
-def _made(plain: dict[str, Any], key: str, tensors: dict[str, Tensor]) -> Edit:
-    described = plain.pop("coordinates", None)
-    coordinates = None
-    if described is not None:
-        kind = _SAVED[described.pop("kind")]
-        start = f"{key}.coordinates."
-        coordinates = kind(
-            **described,
-            **{  # type: ignore[arg-type]
-                n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)
-            },
-        )
-    rest = {name: _unlisted(name, value) for name, value in plain.items()}
-    return Edit(**rest, value=tensors.get(f"{key}.value"), coordinates=coordinates)

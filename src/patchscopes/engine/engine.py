@@ -25,6 +25,7 @@ from patchscopes.engine.given import DecoderCache, Encoded, Images, own_position
 from patchscopes.engine.hooks import Change, Handle, bypassing, hooked, map_tensors, on_arguments, on_input, on_output
 from patchscopes.engine.packing import Packing
 from patchscopes.engine.parts import AllParts, find_parts
+from patchscopes.engine.refuse import refuse_compiled
 from patchscopes.engine.remember import Store
 
 SharedKV = dict[str, tuple[Tensor, ...]]
@@ -80,7 +81,8 @@ class Engine:
             self.context -= self.first_position
         self.layout = self._measure_layout()
         self.anatomy = replace(self.anatomy, batch_axes=self._measure_batch_axes())
-        one = self.read(torch.zeros(1, 1, dtype=torch.long, device=self.device), [0]).h[0]
+        some = self.read(torch.zeros(1, 1, dtype=torch.long, device=self.device), range(self.n_layers + 1)).h
+        one = some[0]
         self.packing = Packing()  # what rows may share: nothing, until it was measured (`check`)
         self.store: Store | None = None  # base runs of targets, while they are remembered
         # what a residual carries in front of its batch (with `layout` undone): () but for Gemma-3n, DeepSeek-V4 and their like
@@ -90,6 +92,8 @@ class Engine:
         self.gradient_route: Literal["stairs", "whole", "hooks"] | None = None
         # shapes of sites seen so far (places.shape_of)
         self.shapes: dict[Site, tuple[int, ...]] = {}
+        # number formats of sites: Mamba keeps its residual stream in float32 whatever its weights are in
+        self.dtypes: dict[Site, torch.dtype] = {Site("resid", layer): h.dtype for layer, h in some.items()}
 
     @cached_property
     def devices(self) -> frozenset[torch.device]:
@@ -130,6 +134,7 @@ class Engine:
         positions: Tensor | None = None,
     ) -> Float[Tensor, "batch kept vocab"]:
         """Logits of one pass. `keep`: the positions of `ids` whose logits are wanted (None: all); `offset`: tokens in the cache."""
+        refuse_compiled((self.model, *self.blocks))  # it may have been since it was loaded
         n, s = ids.shape
         names = ("decoder_input_ids", "decoder_attention_mask") if self.encodes else ("input_ids", "attention_mask")
         kwargs: dict[str, Any] = {names[0]: ids}

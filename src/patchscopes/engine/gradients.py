@@ -24,11 +24,13 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from patchscopes.core.coordinates import Coordinates
 from patchscopes.core.errors import InputError, RefusedError, VectorError
+from patchscopes.core.finite import require_finite
 from patchscopes.core.sites import Site
 from patchscopes.engine.edits import Placed
 from patchscopes.engine.engine import Engine
 from patchscopes.engine.hooks import hooked
 from patchscopes.engine.places import at_sites
+from patchscopes.engine.refuse import refuse_quantised
 from patchscopes.engine.run import Batch, Run, batched, finished, side_by_side
 from patchscopes.engine.watch import Watch
 
@@ -201,6 +203,7 @@ def jvp(
     """See `Model.jvp`. Where a model calls what has no forward-mode (custom functions, grouped products of experts), two backward
     passes give the same: Jᵀu is linear in u, and its derivative along u is J t."""
     refuse_quantised(engine.model)
+    require_finite(tangent, f"the tangent at {site}")
     if len({p.shape[1] for p in prompts}) > 1 and not padding_exact:
         both = [jvp(engine, [p], site, tangent, sites, padding_exact=True) for p in prompts]
         longest = max(p.shape[1] for p in prompts)
@@ -275,14 +278,3 @@ def _twice_backward(
             )
             moved[which] = torch.zeros_like(out) if known is None else known.detach()
     return {which: out.detach() for which, out in outs.items()}, moved
-
-
-def refuse_quantised(model: nn.Module) -> None:
-    """RefusedError if weights are not numbers that gradients pass through."""
-    quantised = getattr(getattr(model, "config", None), "quantization_config", None)
-    odd = next((n for n, p in model.named_parameters() if not p.is_floating_point() and p.numel() > 1), None)
-    if quantised is not None or odd is not None:
-        what = (
-            f"its weights are quantised ({type(quantised).__name__})" if quantised is not None else f"{odd} holds whole numbers"
-        )
-        raise RefusedError(f"gradients are refused on this model: {what}; load it in float32, bfloat16 or float16")

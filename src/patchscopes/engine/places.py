@@ -109,6 +109,21 @@ def shape_of(engine: Engine, site: Site) -> tuple[int, ...]:
 
 
 @torch.no_grad()
+def dtype_of(engine: Engine, site: Site) -> torch.dtype | None:
+    """The number format of what stands at a site, which need not be that of the weights (float32 in a bfloat16 model's residual
+    stream, router or norm). Measured once; None for a state, which the cache keeps."""
+    whole = site.whole
+    if whole not in engine.dtypes and whole.name != "state":
+
+        def note(x: Tensor) -> None:
+            engine.dtypes[whole] = x.dtype
+
+        with hooked(at_sites(engine, {whole: note})):
+            engine.forward(torch.zeros(1, 2, dtype=torch.long, device=engine.device))
+    return engine.dtypes.get(whole)
+
+
+@torch.no_grad()
 def _measured_shape(engine: Engine, site: Site) -> tuple[int, ...]:
     if site.name in ("attn_out", "mlp_out"):
         engine.writer(site)
@@ -117,7 +132,12 @@ def _measured_shape(engine: Engine, site: Site) -> tuple[int, ...]:
     if site.name == "state":
         return ()
     found: list[torch.Size] = []
-    with hooked(at_sites(engine, {site: lambda x: found.append(x.shape)})):
+
+    def note(x: Tensor) -> None:
+        found.append(x.shape)
+        engine.dtypes[site] = x.dtype
+
+    with hooked(at_sites(engine, {site: note})):
         engine.forward(torch.zeros(1, 2, dtype=torch.long, device=engine.device))
     if not found:
         raise SiteError(f"site {site} is not on this model: nothing passed there")

@@ -20,9 +20,10 @@ from patchscopes.core.errors import InputError
 from patchscopes.core.sites import Site
 from patchscopes.engine.costs import activation_bytes
 from patchscopes.engine.engine import Engine
-from patchscopes.engine.gradients import frozen, refuse_quantised
+from patchscopes.engine.gradients import frozen
 from patchscopes.engine.memory import free_bytes
 from patchscopes.engine.patch import ROUTES, Route, Stem
+from patchscopes.engine.refuse import refuse_quantised
 from patchscopes.engine.rows import Row
 
 CLOSE = {torch.bfloat16: 6e-2, torch.float16: 2e-2}  # of the largest gradient; else 1e-4

@@ -14,6 +14,7 @@ from transformers.utils.hub import cached_file
 
 from patchscopes import organisms
 from patchscopes.core.errors import InputError, NotAvailableError, RefusedError, nearest
+from patchscopes.engine.refuse import refuse_unreadable, uncompiled
 from patchscopes.model.model import Model
 
 
@@ -31,12 +32,14 @@ def load(
     """A model ready for reading and patching, its abilities measured (`model.capabilities`).
 
     model         the name of a bundled model ("atlas"), a folder, a Hugging Face id, the folder or id of a PEFT adapter (its base is
-                  loaded below it), or (hf_model, tokenizer), which is put into evaluation mode
+                  loaded below it), or (hf_model, tokenizer), which is put into evaluation mode; of torch.compile(hf_model) the
+                  hf_model is used, which hooks work on
     dtype         None: float32 on a CPU, as the checkpoint says elsewhere; or "auto", "bfloat16", torch.float16, …
     device        None: a GPU if there is one. Not together with device_map, which is transformers' own, as is `quantization`
                   (a quantization_config) and `attention` (attn_implementation)
 
-    NotAvailableError if there is no such model or tokenizer; RefusedError if it is no decoder.
+    NotAvailableError if there is no such model or tokenizer; RefusedError if it is no decoder, or one that
+    hooks cannot see into or one process cannot run: compiled in place, with kernels swapped in, sharded, without numbers.
     """
     if device is not None:
         require_device(device)
@@ -57,7 +60,10 @@ def load(
                 f"{', '.join(asked)} cannot be chosen for a model that is already loaded; load it so, or give its name or folder"
             )
         hf, tokenizer = model
+        hf = uncompiled(hf)
         unwrapped: Any = getattr(hf, "get_base_model", lambda: hf)()  # peft's wrapper comes off; the adapter stays in the layers
+        unwrapped = uncompiled(unwrapped)
+        refuse_unreadable(unwrapped)
         if device is not None:
             unwrapped.to(device)
         return Model(unwrapped, tokenizer, name=getattr(unwrapped.config, "_name_or_path", "") or type(unwrapped).__name__)

@@ -19,6 +19,7 @@ from torch import Tensor
 from patchscopes.core.coordinates import Coordinates, Dictionary, Subspace, Whole
 from patchscopes.core.edits import OF_SCOPES, Edit
 from patchscopes.core.errors import InputError, NotAvailableError, PositionError, PromptError, SiteError, VectorError
+from patchscopes.core.finite import require_finite
 from patchscopes.core.layers import resolve_layers
 from patchscopes.core.positions import Positions, Span
 from patchscopes.core.sites import EDGES, SCOPED, Site, resolve_sites
@@ -28,7 +29,8 @@ from patchscopes.engine.decompose import Decomposition, decompose
 from patchscopes.engine.edits import Placed
 from patchscopes.engine.engine import Engine
 from patchscopes.engine.gradients import Gradients, Metric, Tangents, gradients, jvp
-from patchscopes.engine.places import shape_of
+from patchscopes.engine.places import dtype_of, shape_of
+from patchscopes.engine.refuse import refuse_unreadable
 from patchscopes.engine.rows import Row
 from patchscopes.engine.run import Run, run
 from patchscopes.engine.speech import Decoding
@@ -45,11 +47,13 @@ class Model:
     """A Hugging Face decoder with its tokenizer, engine and measured abilities. Use `patchscopes.load`."""
 
     def __init__(self, hf: torch.nn.Module, tokenizer: Any, *, name: str, revision: str | None = None):
+        refuse_unreadable(hf)
         self.hf, self.tokenizer = hf, tokenizer
         self.name, self.revision = name, revision
         self.engine = Engine(hf)
         self.capabilities: Capabilities = checked(self.engine, self.dtype)
-        self.capabilities.require("own_pass", "reading and patching")
+        for ability in ("own_pass", "hooks_seen"):
+            self.capabilities.require(ability, "reading and patching")
         self.engine.given = None  # what an encoder–decoder was measured with
         self._given: dict[str, str] = {}
         self.engine.packing = self.capabilities.packing
@@ -359,11 +363,7 @@ class Model:
                 f"the vector is {value.shape[-1]} wide, but {self.name} is {self.d_model} wide. Give a map between the two widths (map=…), "
                 "or a vector of this model."
             )
-        if not torch.isfinite(value).all():
-            bad = int((~torch.isfinite(value)).sum())
-            raise VectorError(
-                f"the vector has {bad} of {value.numel()} entries that are not finite (NaN or infinity); expected numbers"
-            )
+        require_finite(value, "the vector")
         return value
 
     def placed(self, edits: Sequence[Edit], batch: Sequence[Tokens]) -> list[Placed]:
@@ -395,14 +395,13 @@ class Model:
             _check_features(edit, site, shape[-1])
         if value is None:
             return None
-        if value.dtype != self.dtype or value.device not in self.engine.devices:
+        fits = value.dtype == self.dtype or (value.is_floating_point() and value.dtype == dtype_of(self.engine, site))
+        if not fits or value.device not in self.engine.devices:
             raise VectorError(
                 f"the edit at {site} has a value in {_kind(value.dtype, value.device)}, but {self.name} computes in "
                 f"{_kind(self.dtype, self.device)}. Convert it: value.to(model.device, model.dtype)"
             )
-        if not torch.isfinite(value).all():
-            bad = int((~torch.isfinite(value)).sum())
-            raise VectorError(f"the edit at {site} has {bad} of {value.numel()} entries that are not finite; expected numbers")
+        require_finite(value, f"the edit at {site}")
         if edit.coordinates is not None or edit.features is not None or site.name == "state":
             return value
         if site.name in EDGES:

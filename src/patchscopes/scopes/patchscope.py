@@ -24,6 +24,7 @@ from torch import Tensor
 from patchscopes.controls.vectors import SECOND_LOOK
 from patchscopes.core.edits import OF_SCOPES, Edit, Write
 from patchscopes.core.errors import InputError, PromptError, UnknownName, VectorError, nearest
+from patchscopes.core.finite import require_finite
 from patchscopes.core.layers import Layers, resolve_layers
 from patchscopes.core.sites import SCOPED, Site
 from patchscopes.engine.continued import stopping
@@ -100,13 +101,14 @@ class Patchscope:
         cells = product(len(places), pairs, len(targets), maps, self.draws)
         progress(0, len(cells), "reading sources")
         looked = look(origin, places, layers, site)
+        written = {cell.key: self._written(maps[cell.map], looked, cell) for cell in cells}  # before any target runs
         decoding = self._decoding(target_model)
         world = Controls(origin, target_model, places, prompts, layers, site, looked, targets, maps, self) if controls else None
 
         requests: dict[tuple, Request] = {}
         rows: list[tuple[Cell, str, tuple]] = []
         for cell in cells:
-            vector = self._written(maps[cell.map], looked, cell)
+            vector = written[cell.key]
             key = ("none", *cell.key)
             target = targets[cell.target]
             requests[key] = Request(
@@ -204,7 +206,9 @@ class Patchscope:
         return [(layer, other) for layer in layers for other in others]
 
     def _written(self, f: Map, looked: Looked, cell: Cell) -> Tensor:
-        return f(looked.vectors[cell.place, cell.source_layer])
+        vector = f(looked.vectors[cell.place, cell.source_layer])
+        require_finite(vector, f"what the map {f.name!r} makes of the state at layer {cell.source_layer}")
+        return vector
 
     def row(self, layer: int, position: int, vector: Tensor | None, more: tuple[Placed, ...], target: int = 0) -> Row:
         """A run in which `vector` is written; or nothing but `more`, if it is None."""
