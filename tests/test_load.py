@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import patchscopes as ps
 from patchscopes.core.errors import InputError, NotAvailableError, PatchscopesError, RefusedError, SiteError
 from patchscopes.engine.check import MEANING
+from patchscopes.engine.engine import Engine
 from patchscopes.model import checked as remembered
 from patchscopes.model import model as model_module
 
@@ -785,3 +786,16 @@ def test_tensors_of_a_saved_checkpoint_are_not_touched(folder: Path, tmp_path: P
     assert all(
         torch.equal(tensor, model.hf.state_dict()[name]) for name, tensor in load_file(where / "model.safetensors").items()
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "family", ["gpt2", "llama", "gpt_neox", "gemma2", "mixtral", "granite", "cohere", "falcon", "opt", "olmo2", "gptj"]
+)
+def test_writers_are_found_in_sixteen_bits(family: str, dtype: torch.dtype) -> None:
+    """By the same bits, since rounding there hides what a fit leaves out."""
+    coarse, fine = (Engine(tiny(family, dtype=d)).anatomy for d in (dtype, torch.float32))
+    assert [[(w.path, w.scale) for w in some] for some in coarse.writers] == [
+        [(w.path, w.scale) for w in some] for some in fine.writers
+    ]
+    assert coarse.carries == fine.carries == [1.0] * len(fine.writers)

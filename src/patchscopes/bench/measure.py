@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from patchscopes.engine.engine import Engine
+from patchscopes.engine.memory import peak_bytes as counted_peak
 
 T = TypeVar("T")
 GATHERS = ("embedding", "index_select", "gather", "index")  # read some rows of a table, not all of it
@@ -130,37 +130,6 @@ def counted_bytes(run: Callable[[], T], model: nn.Module) -> tuple[T, Traffic]:
 # ----------------------------------------------------------------------------------------------------------------- memory
 
 
-class _Living(TorchDispatchMode):
-    """Bytes of the storages that were made inside and are still alive; their largest sum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs or {})) if isinstance(t, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, Tensor):
-                self._note(t.untyped_storage(), given)
-        return out
-
-    def _note(self, storage: Any, given: set[int]) -> None:
-        key = id(storage)  # stable: torch keeps one Python object a storage
-        if key in self.known or key in given:
-            return
-        n = storage.nbytes()
-        self.known.add(key)
-        self.now += n
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._free, key, n)
-
-    def _free(self, key: int, n: int) -> None:
-        self.known.discard(key)
-        self.now -= n
-
-
 def peak_bytes(run: Callable[[], T], device: torch.device) -> tuple[T, int]:
     """What `run` returns, and the most bytes of tensors that were alive beyond those before it.
 
@@ -174,6 +143,6 @@ def peak_bytes(run: Callable[[], T], device: torch.device) -> tuple[T, int]:
         result = run()
         _wait(device)
         return result, torch.cuda.max_memory_allocated(device) - before
-    with _Living() as living:
+    with counted_peak() as counted:
         result = run()
-    return result, living.peak
+    return result, counted.most

@@ -18,6 +18,7 @@ from tokenizers.models import WordLevel
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from patchscopes.core.errors import UnknownName
+from patchscopes.engine.check import check
 from patchscopes.engine.engine import Engine
 
 FORMS = (
@@ -56,7 +57,9 @@ class Subject:
 
     def anew(self) -> Subject:
         """The same model with an engine that remembers nothing of earlier targets."""
-        return replace(self, engine=Engine(self.hf, self.device))
+        engine = Engine(self.hf, self.device)
+        engine.packing = self.engine.packing
+        return replace(self, engine=engine)
 
     def save(self, folder: Path) -> None:
         """As a Hugging Face folder, for processes that cannot share memory."""
@@ -136,7 +139,9 @@ def _random(name: str, config: Any, device: str | None, seed: int) -> Subject:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(vocab, unk_token="t0")), pad_token="t0", bos_token="t0", eos_token="t0"
     )
-    return Subject(name, hf, tokenizer, Engine(hf, torch.device(device)))
+    engine = Engine(hf, torch.device(device))
+    engine.packing = check(engine, next(hf.parameters()).dtype).packing  # as a loaded model has it
+    return Subject(name, hf, tokenizer, engine)
 
 
 def _say_on(hf: Any) -> None:

@@ -223,7 +223,8 @@ def stops_part(device: str | None, settings: Settings, found: Found, progress: P
 
 
 def prefix_part(s: Subject, settings: Settings, found: Found, progress: Progress) -> None:
-    """A one-token grid behind a long prefix and a short one. A later call has the same target and other vectors."""
+    """A one-token grid behind a long prefix and a short one. A later call has the same target and other vectors; what the target left
+    in its unpatched run is remembered."""
     times: dict[tuple[int, str], list[float]] = {(n, call): [] for n in (SHORT, LONG) for call in ("first", "later")}
     works = {n: grids(s, settings, prefix=n, tokens=1, count=2 * settings.repeat + 2) for n in (SHORT, LONG)}
     for n in range(settings.repeat + 1):
@@ -231,10 +232,11 @@ def prefix_part(s: Subject, settings: Settings, found: Found, progress: Progress
         for prefix in (SHORT, LONG) if n % 2 else (LONG, SHORT):
             first, other = works[prefix][2 * n], works[prefix][2 * n + 1]
             later = Work(first.target, first.position, first.layers, other.vectors, 1)
-            for call, work in (("first", first), ("later", later)):
-                _, seconds = timed(lambda work=work: answer_of(s.engine, work), s.device)
-                if n:  # the first round warms up
-                    times[prefix, call].append(seconds)
+            with s.engine.remembering():
+                for call, work in (("first", first), ("later", later)):
+                    _, seconds = timed(lambda work=work: answer_of(s.engine, work), s.device)
+                    if n:  # the first round warms up
+                        times[prefix, call].append(seconds)
     progress(settings.repeat + 1, settings.repeat + 1, "prefix")
     shape = measure(s.engine)
     necessary = [floor(shape, works[n][0]) for n in (LONG, SHORT)]

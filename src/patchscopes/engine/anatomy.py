@@ -15,9 +15,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,7 @@ from patchscopes.core.errors import RefusedError
 from patchscopes.engine.hooks import Handle, first_tensor, hooked, map_tensors, on_arguments
 
 TOLERANCE = 1e-5
+COARSE = {torch.bfloat16: 2e-2, torch.float16: 5e-3}  # the same in 16 bits, where a fit is only the first of two tests
 LISTS = 8  # how many module lists are tried
 DEPTH = 3  # how deep inside a block a residual writer may lie
 
@@ -207,23 +209,43 @@ def _writers(b: int, trace: _Trace) -> tuple[tuple[Writer, ...], float]:
             candidates[same] = (path, module, value)
     columns = torch.stack([before, *(value for _, _, value in candidates)])
     gram, aim = columns @ columns.T, columns @ after
+    coarse = trace.outputs[b].dtype in COARSE
     for size in (1, 2, 3):
         fits = []
         for chosen in itertools.combinations(range(1, len(columns)), size):
             index = torch.tensor([0, *chosen])
             c = torch.linalg.lstsq(gram[index][:, index], aim[index], driver="gelsd").solution
             error = (c @ columns[index] - after).norm() / after.norm()
-            if error < TOLERANCE and c.abs().min() > 1e-3:
-                depth = sum(candidates[i - 1][0].count(".") for i in chosen)
-                fits.append((float((c[1:] - c[1]).abs().max()) > 1e-3, depth, chosen, c))
+            if error >= (COARSE[trace.outputs[b].dtype] if coarse else TOLERANCE) or c.abs().min() <= 1e-3:
+                continue
+            numbers = [_plain(float(x), 2 if coarse else 3, 2e-2 if coarse else 1e-4) for x in c]
+            if coarse and not _replays(trace.inputs[b], [candidates[i - 1][2] for i in chosen], numbers, trace.outputs[b]):
+                continue
+            depth = sum(candidates[i - 1][0].count(".") for i in chosen)
+            fits.append((float((c[1:] - c[1]).abs().max()) > (2e-2 if coarse else 1e-3), depth, chosen, numbers))
         if fits:
-            _, _, chosen, c = min(fits, key=lambda fit: fit[:3])
-            carry, *scales = [round(float(x), 3) if abs(float(x) - round(float(x), 3)) < 1e-4 else float(x) for x in c]
+            _, _, chosen, (carry, *scales) = min(fits, key=lambda fit: fit[:3])
             writers = tuple(
                 Writer(candidates[i - 1][1], candidates[i - 1][0], scale) for i, scale in zip(chosen, scales, strict=True)
             )
             return writers, carry
     return (), 1.0
+
+
+def _plain(x: float, digits: int, near: float) -> float:
+    """x, or the number of few digits that it is meant to be."""
+    return round(x, digits) if abs(x - round(x, digits)) < near else x
+
+
+def _replays(before: Tensor, outs: Sequence[Tensor], numbers: Sequence[float], after: Tensor) -> bool:
+    """Whether adding the outputs up in the model's own number format gives the same bits, in some order: in 16 bits rounding hides
+    what a fit leaves out, and large entries hide it too."""
+    carry, *scales = numbers
+    start = before.flatten() if carry == 1 else before.flatten() * carry
+    parts = [out.to(after.dtype) if s == 1 else out.to(after.dtype) * s for out, s in zip(outs, scales, strict=True)]
+    orders = [functools.reduce(torch.add, some, start) for some in itertools.permutations(parts)]
+    orders += [start + functools.reduce(torch.add, some) for some in itertools.permutations(parts)]
+    return any(torch.equal(x.to(after.dtype), after.flatten()) for x in orders)
 
 
 def _is_causal(run: Callable[[Tensor], Any], ids: Tensor) -> bool:
