@@ -183,7 +183,6 @@ def test_edits_that_contradict_one_another_are_refused() -> None:
         [Edit("resid.2", -1, v), Edit("resid.2", 3, v)],
         [Edit("resid.2", None, v, "add"), Edit("resid.2", 1, v)],
         [Edit("z.2.1", 0, numbers(16), "add"), Edit("z.2", 0, numbers(16))],
-        [Edit("resid.2", None, v, steps=(1,)), Edit("resid.2", 0, v, steps=(0, 1))],
     ]
     for edits in clash:
         with pytest.raises(InputError, match="contradict one another"):

@@ -88,6 +88,8 @@ class Engine:
         self.d_model: int = one.shape[-1]  # the residual's width: in Qwen-4 several times the config's hidden_size
         # shapes of sites seen so far (places.shape_of)
         self.shapes: dict[Site, tuple[int, ...]] = {}
+        # of values inside state-space mixers the axes of batch and position, and the width (state_space.form_of)
+        self.forms: dict[Site, tuple[tuple[int, int] | None, int]] = {}
 
     @cached_property
     def devices(self) -> frozenset[torch.device]:

@@ -40,7 +40,8 @@ class Gradients:
     """g["resid.3"] is ∂ metric / ∂ resid.3, in the shape of run["resid.3"]; of each prompt's own metric.
 
     metric    [batch], or [] if the metric was one number for all
-    edits     for each edit as it was given ∂ metric / ∂ value, summed over the prompts and sites where it was made; None without a value
+    edits     for each edit, in the order given, ∂ metric / ∂ value, summed over the prompts and sites where it was made; None if it
+              has no value
     features  "resid.3" -> ∂ metric / ∂ features, where a coordinate system hangs
     """
 
@@ -80,10 +81,12 @@ def gradients(
     edits: Sequence[Placed],
     *,
     padding_exact: bool,
+    given: Sequence[Tensor | None],
     coordinates: Mapping[Site, Coordinates] | None = None,
     checkpoint: bool | None = None,
 ) -> Gradients:
-    """See `Model.gradients`. Edits of one value (one Edit over several prompts or sites) share its gradient."""
+    """See `Model.gradients`. given: the values of the edits as the user gave them. Edits of one value (one Edit over several prompts
+    or sites, or several with the same tensor) share its gradient."""
     refuse_quantised(engine.model)
     if any(site.name == "state" for site in (*sites, *(e.site for e in edits))):
         raise RefusedError(
@@ -95,11 +98,11 @@ def gradients(
         )
     if checkpoint is None:
         try:
-            return _gradients(engine, prompts, metric, sites, edits, coordinates, False)
+            return _gradients(engine, prompts, metric, sites, edits, given, coordinates, False)
         except torch.OutOfMemoryError:  # once more, keeping less; if that is too much too, it is raised
             torch.cuda.empty_cache()
             checkpoint = True
-    return _gradients(engine, prompts, metric, sites, edits, coordinates, checkpoint)
+    return _gradients(engine, prompts, metric, sites, edits, given, coordinates, checkpoint)
 
 
 def _gradients(
@@ -108,6 +111,7 @@ def _gradients(
     metric: Metric,
     sites: Sequence[Site],
     edits: Sequence[Placed],
+    given: Sequence[Tensor | None],
     coordinates: Mapping[Site, Coordinates] | None,
     checkpoint: bool,
 ) -> Gradients:
@@ -131,7 +135,7 @@ def _gradients(
         features={s: f.detach() for s, f in run.features.items()},
     )
     at = replace(plain, values={site: got["at", site] for site in run.values})
-    per_edit = list({id(e.value): None if e.value is None else got["edit", id(e.value)] for e in edits}.values())
+    per_edit = [None if value is None else got.get(("edit", id(value)), torch.zeros_like(value)) for value in given]
     return Gradients(plain, value.detach(), at, per_edit, {str(s): got["feature", s] for s in watch.features})
 
 

@@ -198,6 +198,7 @@ class Model:
         """
         batch = self._batch(prompts)
         hung = {self._one_site(text): system for text, system in (coordinates or {}).items()}
+        _refuse_steps(edits)
         return run(
             self.engine,
             [t.tensor for t in batch],
@@ -224,6 +225,7 @@ class Model:
         """
         batch = self._batch(prompts)
         hung = {self._one_site(text): system for text, system in (coordinates or {}).items()}
+        _refuse_steps(edits)
         return gradients(
             self.engine,
             [t.tensor for t in batch],
@@ -231,6 +233,7 @@ class Model:
             self._sites(wrt),
             self._placed(edits, batch),
             padding_exact=self.capabilities.ok("left_padding"),
+            given=[edit.value for edit in edits],
             coordinates=hung,
             checkpoint=checkpoint,
         )
@@ -339,6 +342,11 @@ class Model:
 
     def _placed(self, edits: Sequence[Edit], batch: Sequence[Tokens]) -> list[Placed]:
         """The edits, each for one prompt and one site, with positions resolved. Everything wrong with them is said here."""
+        odd = next((e for e in edits if not isinstance(e, Edit)), None)
+        if odd is not None:
+            raise InputError(
+                f"among the edits is a {type(odd).__name__}; expected Edits. Unpack what gives several: edits=[*knock_out(…)]"
+            )
         return [
             Placed(
                 site,
@@ -378,7 +386,16 @@ class Model:
         else:
             n_positions = len(p) if (p := _positions(edit.position, tokens)) is not None else len(tokens)
             expected = (n_positions, *shape)
-        if not _broadcasts(value.shape, expected) and value.shape != (*self.engine.streams, *shape):
+        streams = self.engine.streams if site.name == "resid" else ()
+        each = (n_positions, *streams, *shape) if streams else ()
+        if streams and value.shape == (*streams, *shape) == expected and n_positions > 1:
+            raise VectorError(
+                f"the edit at {site} has a value of shape {tuple(value.shape)}, one for each stream or one for each position; "
+                f"give it as (1, {', '.join(map(str, value.shape))}) or as {each}"
+            )
+        if not _broadcasts(value.shape, expected) and not (
+            streams and value.ndim >= 1 + len(shape) and _broadcasts(value.shape, each)
+        ):
             raise VectorError(
                 f"the edit at {site} has a value of shape {tuple(value.shape)}; expected {shape} for all its positions, or {expected}"
                 if site.name not in EDGES
@@ -441,10 +458,20 @@ class Said:
 
 
 def _positions(where: Positions, tokens: Tokens) -> tuple[int, ...] | None:
+    """From 0, each once (two names may mean one token: it is written once)."""
     if where is None:
         return None
     asked = [where] if isinstance(where, (int, str, Span)) else list(where)
-    return tuple(tokens.position(position) for position in asked)
+    return tuple(dict.fromkeys(tokens.position(position) for position in asked))
+
+
+def _refuse_steps(edits: Sequence[Edit]) -> None:
+    late = next((e for e in edits if isinstance(e, Edit) and isinstance(e.steps, tuple)), None)
+    if late is not None:
+        raise InputError(
+            f"{late} is made at generated tokens only, and a pass over a prompt generates none; "
+            "use model.generate, or steps='prompt' and a position"
+        )
 
 
 def _kind(dtype: torch.dtype, device: torch.device) -> str:
