@@ -96,8 +96,8 @@ class Watch:
             value = value + (said - said.detach())
             self.features.setdefault(site, f)
         if site in self.reads:
-            if not value.requires_grad:
-                value = value.detach().requires_grad_()
+            # a node of its own: x itself may go elsewhere too (parallel MLPs read what the attention reads; a norm's scale is taken off)
+            value = value.clone() if value.requires_grad else value.detach().requires_grad_()
             self.values.setdefault(site, value)  # the first: checkpointing runs it again
         return value.clone()
 
