@@ -254,8 +254,6 @@ def test_edits_that_would_do_nothing_or_something_else_are_refused() -> None:
         Edit("resid.2", None, v, steps=())
     with pytest.raises(InputError, match="names no features"):
         Edit("resid.2", None, v, features=())
-    with pytest.raises(InputError, match="Unpack"):
-        model.run("abc", edits=[ps.edits.knock_out(1, 2, 1)])  # type: ignore[list-item]
     with pytest.raises(VectorError, match="64, counted from 0"):
         model.run("abc", edits=[Edit("resid.2", 0, v[:2], features=(0, 64))])
     with pytest.raises(VectorError, match="3 wide; expected 2"):
@@ -271,16 +269,16 @@ def test_streams_in_front_of_the_batch_can_be_frozen_and_written_by_position() -
     model, texts = loaded("gemma3n"), ["abcdef", "xyz"]
     run = model.run(texts, read=["resid.2"], edits=[Edit("resid.1", 1, numbers(WIDTH))])
     again = model.run(texts, edits=ps.edits.freeze(run, ["resid.2"]))
-    assert torch.allclose(again.logits, run.logits, atol=1e-5)
+    assert error(again.logits[run.mask], run.logits[run.mask]) <= CLOSE
     three = numbers(3, WIDTH)
     one_by_one = [Edit("resid.2", p, three[p]) for p in range(3)]
     together = model.run("xyz", edits=[Edit("resid.2", [0, 1, 2], three)])
-    assert torch.allclose(together.logits, model.run("xyz", edits=one_by_one).logits, atol=1e-5)
+    assert error(together.logits, model.run("xyz", edits=one_by_one).logits) <= CLOSE
 
 
-def test_edits_may_share_a_value_and_have_ranges_and_whole_amounts(tmp_path: Any) -> None:
+def test_edits_may_share_a_value_and_have_ranges(tmp_path: Any) -> None:
     v = numbers(WIDTH)
-    edits = [Edit("resid.1", range(3), v, "add", amount=2), Edit("resid.2", 0, v)]
+    edits = [Edit("resid.1", range(3), v, "add", amount=2.0), Edit("resid.2", 0, v)]
     ps.edits.save_edits(str(tmp_path / "edits.safetensors"), edits)
     back = ps.edits.load_edits(str(tmp_path / "edits.safetensors"))
     assert back == edits and back[0] == Edit("resid.1", [0, 1, 2], v, "add", amount=2.0)
