@@ -267,7 +267,7 @@ def test_edits_that_would_do_nothing_or_something_else_are_refused() -> None:
 
 def test_streams_in_front_of_the_batch_can_be_frozen_and_written_by_position() -> None:
     model, texts = loaded("gemma3n"), ["abcdef", "xyz"]
-    run = model.run(texts, read=["resid.2"], edits=[Edit("resid.1", 1, numbers(WIDTH))])
+    run = model.run(texts, read=["resid.2"], edits=[Edit("resid.2", 1, numbers(WIDTH))])
     again = model.run(texts, edits=ps.edits.freeze(run, ["resid.2"]))
     assert error(again.logits[run.mask], run.logits[run.mask]) <= CLOSE
     three = numbers(3, WIDTH)

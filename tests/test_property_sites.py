@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -20,7 +20,9 @@ from patchscopes.core.errors import InputError, SiteError
 from patchscopes.core.sites import Site
 from patchscopes.engine.places import shape_of
 
-UNHURRIED = settings(deadline=None, suppress_health_check=list(HealthCheck))
+UNHURRIED = settings(
+    deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
+)
 # Models whose one-token steps are not their full pass: what they generate is compared elsewhere.
 STEPWISE = ("zamba2", "nemotron_h")
 HEADED = ("q", "k", "v", "z", *EDGES)
@@ -70,7 +72,7 @@ class Case:
         return found
 
 
-def some_case(draw: st.DrawFn, steps: bool = False) -> Case:
+def some_case(draw: Callable[..., Any], steps: bool = False) -> Case:
     """A family, 1 to 3 prompts of 2 to 9 tokens, 1 to 4 edits. No strategy of its own: models are built on the way, with randomness."""
     family = draw(st.sampled_from([f for f in CONFIGS if not (steps and f in STEPWISE)]))
     _, sites = known(family)
@@ -96,11 +98,11 @@ def some_case(draw: st.DrawFn, steps: bool = False) -> Case:
         if len({lengths[p] for p in who}) > 1 and isinstance(position, list):  # -1 and 3 may be one in a prompt, two in another
             position = [i % shortest for i in position]
         head = draw(st.none() | st.integers(0, shape[0] - 1)) if name in HEADED else None
-        when = draw(st.sampled_from(["prompt", "always", (0, 2)])) if steps else "prompt"
+        when: Any = draw(st.sampled_from(["prompt", "always", (0, 2)])) if steps else "prompt"
         at = {p: places(position, lengths[p]) for p in who}
         keys = None
         if name in EDGES:
-            write = draw(st.sampled_from(["knock_out"] if name == "scores" else ["knock_out", "scale", "replace"]))
+            write: Any = draw(st.sampled_from(["knock_out"] if name == "scores" else ["knock_out", "scale", "replace"]))
             keys = [0, *draw(st.lists(st.just(1), max_size=1))]
             if name == "scores":  # a query keeps itself
                 keys = draw(st.sampled_from([[0], [0, 1]]))

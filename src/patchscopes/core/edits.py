@@ -264,7 +264,7 @@ def _described(edit: Edit, key: str, tensors: dict[str, Tensor], *, to_save: boo
                     tensors[f"{key}.coordinates.{name}"] = part.detach().cpu()
             plain["coordinates"] = {"kind": kind, **{n: p for n, p in parts.items() if not isinstance(p, Tensor)}}
         elif value != field.default:
-            plain[field.name] = float(value) if field.name == "amount" else _listed(value)
+            plain[field.name] = float(edit.amount) if field.name == "amount" else _listed(value)
     return plain
 
 
@@ -288,11 +288,7 @@ def _made(plain: dict[str, Any], key: str, tensors: dict[str, Tensor]) -> Edit:
     if described is not None:
         kind = _SAVED[described.pop("kind")]
         start = f"{key}.coordinates."
-        coordinates = kind(
-            **described,
-            **{  # type: ignore[arg-type]
-                n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)
-            },
-        )
+        own: dict[str, Any] = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+        coordinates = kind(**described, **own)
     rest = {name: _unlisted(name, value) for name, value in plain.items()}
     return Edit(**rest, value=tensors.get(f"{key}.value"), coordinates=coordinates)

@@ -387,8 +387,8 @@ class Model:
             n_positions = len(p) if (p := _positions(edit.position, tokens)) is not None else len(tokens)
             expected = (n_positions, *shape)
         streams = self.engine.streams if site.name == "resid" else ()
-        each = (n_positions, *streams, *shape) if streams else ()
-        if streams and value.shape == (*streams, *shape) == expected and n_positions > 1:
+        each = (expected[0], *streams, *shape) if streams else ()
+        if streams and value.shape == (*streams, *shape) == expected and expected[0] > 1:
             raise VectorError(
                 f"the edit at {site} has a value of shape {tuple(value.shape)}, one for each stream or one for each position; "
                 f"give it as (1, {', '.join(map(str, value.shape))}) or as {each}"
