@@ -160,7 +160,7 @@ def unless_contradictory(case: Case, call: Any) -> Any:
         raise AssertionError(f"{case.family}: {case.edits}") from refused
 
 
-@settings(UNHURRIED, max_examples=40)
+@settings(UNHURRIED, max_examples=30)
 @given(st.data(), st.lists(st.integers(0, 10**6), max_size=3))
 def test_any_edits_do_and_show_what_plain_hooks_do(drawn: st.DataObject, others: list[int]) -> None:
     case = some_case(drawn.draw)
@@ -182,7 +182,7 @@ def test_any_edits_do_and_show_what_plain_hooks_do(drawn: st.DataObject, others:
         assert not module._forward_hooks and not module._forward_pre_hooks and "forward" not in vars(module)
 
 
-@settings(UNHURRIED, max_examples=14)
+@settings(UNHURRIED, max_examples=10)
 @given(st.data())
 def test_generation_under_edits_equals_a_run_anew_for_every_token(drawn: st.DataObject) -> None:
     case = some_case(drawn.draw, steps=True)
