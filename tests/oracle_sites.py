@@ -202,7 +202,9 @@ def attention_in(hf: nn.Module, family: str, ids: Sequence[int]) -> dict[nn.Modu
 
     with _eager(hf, count, numbers), torch.no_grad():
         hf(torch.tensor([list(ids)]), use_cache=False)
-    return {module: b for module, b in own.items() if calls[f"pattern.{numbers[module]}"] == calls[f"z.{numbers[module]}"] == 1}
+    asked = {module: b for module, b in own.items() if calls[f"pattern.{numbers[module]}"] == calls[f"z.{numbers[module]}"] == 1}
+    alone = Counter(asked.values())
+    return {module: b for module, b in asked.items() if alone[b] == 1}  # LongCat-Flash has two in a block
 
 
 @torch.no_grad()
