@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -198,7 +199,6 @@ def test_edits_that_contradict_one_another_are_refused() -> None:
         [Edit("resid.2", -1, v), Edit("resid.2", 3, v)],
         [Edit("resid.2", None, v, "add"), Edit("resid.2", 1, v)],
         [Edit("z.2.1", 0, numbers(16), "add"), Edit("z.2", 0, numbers(16))],
-        [Edit("resid.2", None, v, steps=(1,)), Edit("resid.2", 0, v, steps=(0, 1))],
     ]
     for edits in clash:
         with pytest.raises(InputError, match="contradict one another"):
@@ -236,3 +236,73 @@ def test_freezing_repeats_a_run() -> None:
 
 def test_names_are_public() -> None:
     assert ps.edits.knock_out is knock_out and ps.coordinates.Subspace is Subspace
+
+
+def test_values_of_every_shape_mean_what_they_say() -> None:
+    """Broadcast as in torch, alone and beside other edits."""
+    model, v = loaded("llama"), numbers(WIDTH)
+    other = Edit("resid.2", 3, v)
+
+    def logits(value: torch.Tensor, position: object = None, site: str = "resid.2", **rest: Any) -> torch.Tensor:
+        return model.run("abcd", edits=[Edit(site, position, value, **rest), *([other] if position is not None else [])]).logits  # type: ignore[arg-type]
+
+    assert torch.equal(logits(v[None]), logits(v))
+    assert torch.equal(logits(v[None], [0, 1]), logits(v, [0, 1]))
+    assert torch.equal(logits(torch.tensor(0.5), 1), logits(torch.full((WIDTH,), 0.5), 1))
+    assert torch.equal(logits(torch.ones(1), 1), logits(torch.ones(WIDTH), 1))
+    assert torch.equal(logits(v[None], range(2)), logits(v, [0, 1]))
+    z = numbers(16)
+    assert torch.equal(logits(z[None], 1, "z.2"), logits(z, 1, "z.2"))
+    assert torch.equal(logits(z.expand(2, 1, 16), [0, 1], "z.2"), logits(z, [0, 1], "z.2"))
+    row = torch.tensor([0.25, 0.75])
+    for value in (row[None], row.expand(4, 1, 2)):
+        assert torch.equal(logits(value, [1, 2], "pattern.2", keys=[0, 1]), logits(row, [1, 2], "pattern.2", keys=[0, 1]))
+    picked = logits(torch.tensor([v[0], v[5]]), 1, features=(0, 5))
+    assert torch.equal(picked, logits(v, 1, features=(0, 5)))
+
+
+def test_edits_that_would_do_nothing_or_something_else_are_refused() -> None:
+    model, v = loaded("llama"), numbers(WIDTH)
+    with pytest.raises(InputError, match="generated tokens only"):
+        model.run("abc", edits=[Edit("resid.2", None, v, steps=(0,))])
+    with pytest.raises(InputError, match="expected 'prompt'"):
+        Edit("resid.2", None, v, steps=())
+    with pytest.raises(InputError, match="names no features"):
+        Edit("resid.2", None, v, features=())
+    with pytest.raises(VectorError, match="64, counted from 0"):
+        model.run("abc", edits=[Edit("resid.2", 0, v[:2], features=(0, 64))])
+    with pytest.raises(VectorError, match="3 wide; expected 2"):
+        model.run("abc", edits=[Edit("resid.2", 0, v[:3], features=(0, 1))])
+    with pytest.raises(VectorError, match="2 features"):
+        space = ps.coordinates.Subspace.spanned_by(numbers(2, WIDTH))
+        model.run("abc", edits=[Edit("resid.2", 0, v[:3], coordinates=space)])
+    with pytest.raises(VectorError, match="for each stream or one for each position"):
+        loaded("gemma3n").run("abcdef", edits=[Edit("resid.2", [0, 1, 2, 3], numbers(4, WIDTH))])
+
+
+def test_streams_in_front_of_the_batch_can_be_frozen_and_written_by_position() -> None:
+    model, texts = loaded("gemma3n"), ["abcdef", "xyz"]
+    run = model.run(texts, read=["resid.2"], edits=[Edit("resid.2", 1, numbers(WIDTH))])
+    again = model.run(texts, edits=ps.edits.freeze(run, ["resid.2"]))
+    assert error(again.logits[run.mask], run.logits[run.mask]) <= CLOSE
+    three = numbers(3, WIDTH)
+    one_by_one = [Edit("resid.2", p, three[p]) for p in range(3)]
+    together = model.run("xyz", edits=[Edit("resid.2", [0, 1, 2], three)])
+    assert error(together.logits, model.run("xyz", edits=one_by_one).logits) <= CLOSE
+
+
+def test_edits_may_share_a_value_and_have_ranges(tmp_path: Any) -> None:
+    v = numbers(WIDTH)
+    edits = [Edit("resid.1", range(3), v, "add", amount=2.0), Edit("resid.2", 0, v)]
+    ps.edits.save_edits(str(tmp_path / "edits.safetensors"), edits)
+    back = ps.edits.load_edits(str(tmp_path / "edits.safetensors"))
+    assert back == edits and back[0] == Edit("resid.1", [0, 1, 2], v, "add", amount=2.0)
+    assert len({*back, *edits}) == 2
+
+
+def test_all_layers_and_their_names_elsewhere_can_be_frozen() -> None:
+    model = loaded("llama")
+    run = model.run(["abcd", "xy"], read=["pattern.*", "z.1"])
+    names = ["pattern.*", "blocks.1.attn.hook_pattern", "z.1.2"]
+    assert len(ps.edits.freeze(run, names)) == 2 * (model.n_layers + 2)
+    assert torch.allclose(model.run(["abcd", "xy"], edits=ps.edits.freeze(run, names[::2])).logits, run.logits, atol=1e-5)

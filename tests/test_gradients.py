@@ -282,3 +282,32 @@ def test_what_is_refused() -> None:
     model.hf.config.quantization_config = {"quant_method": "as if"}  # what a quantised model carries
     with pytest.raises(RefusedError, match="weights are quantised"):
         model.gradients("abc", difference, wrt=["resid.1"])
+
+
+@pytest.mark.parametrize("family", ["llama", "falcon", "gptj", "gemma3n", "mixtral", "olmo2"])
+def test_gradients_at_many_sites_together_are_those_at_each_alone(family: str) -> None:
+    """What passes at a site may go elsewhere too: the MLP reads what the attention reads, a norm's scale is divided away."""
+    model = loaded(family)
+    names = ["resid.1", "attn_in.2", "attn_scale.2", "head_out.2", "mlp_in.2", "expert_out.2", "final_scale", "logits"]
+    sites = [name for name in names if _has(model, name)]
+    together = model.gradients(["abcdefgh", "xy"], difference, wrt=sites)
+    for site in sites:
+        alone = model.gradients(["abcdefgh", "xy"], difference, wrt=[site])[site]
+        assert error(together[site], alone) < 1e-3, site
+
+
+def _has(model: ps.Model, site: str) -> bool:
+    try:
+        model.run("a", read=[site])
+    except InputError:
+        return False
+    return True
+
+
+def test_each_edit_has_its_gradient_in_the_order_given() -> None:
+    model, v = loaded("llama"), torch.randn(64, generator=torch.Generator().manual_seed(0))
+    half = {"write": "scale", "amount": 0.5}
+    edits = [Edit("resid.1", 0, **half), Edit("resid.1", 1, v), Edit("resid.2", 1, **half), Edit("resid.3", 1, v.clone(), "add")]
+    got = model.gradients("abc", difference, edits=edits)
+    assert [g is None for g in got.edits] == [True, False, True, False]
+    assert got.edits[1] is not None and got.edits[3] is not None and not torch.equal(got.edits[1], got.edits[3])

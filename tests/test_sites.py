@@ -357,3 +357,83 @@ def test_a_ragged_batch_reads_at_inner_sites_what_single_runs_read(family: str) 
                     site,
                     position,
                 )
+
+
+# ---------------------------------------------------------------------------------------------------------- what went wrong before
+
+
+@pytest.mark.parametrize("family", ["mamba", "zamba", "mamba2", "jamba"])
+def test_sites_inside_a_mixer_are_read_together_and_leave_nothing_behind(family: str) -> None:
+    model = loaded(family)
+    block = next(b for b, parts in enumerate(model.engine.parts.blocks) if parts.state_space)
+    sites = [f"{name}.{block}" for name in ("delta", "B", "C", "gate")]
+    texts = ["abcdefgh", "xyz"]
+    both = model.run(texts, read=sites)
+    assert not any("forward" in vars(module) for module in model.hf.modules())
+    for p, text in enumerate(texts):
+        for site in sites:
+            alone = model.run(text, read=[site])
+            prefix = model.run(text[:2], read=[site])  # what stands at a position does not hang on what follows
+            for position in range(len(model.tokens(text))):
+                assert error(both.at(site, prompt=p, position=position), alone.at(site, position=position)) < 1e-4, site
+            assert error(prefix.at(site, position=1), alone.at(site, position=1)) < 1e-4, site
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "jamba", "qwen3_next"])
+def test_states_of_a_ragged_batch_are_those_of_its_prompts_alone(family: str) -> None:
+    model, texts = loaded(family), ["abcdefgh", "xyz"]
+    block = next(b for b in range(model.n_layers) if _has_state(model, b))
+    site, edit = f"state.{block}", Edit(f"state.{block}", -1, write="scale", amount=0.0)
+    inside = [f"delta.{block}"] if model.engine.parts.blocks[block].state_space else []
+    both, edited = model.run(texts, read=[site, "resid.2", *inside]), model.run(texts, edits=[Edit(site, 1, write="scale")])
+    said = model.generate(texts, edits=[edit], max_new_tokens=4)
+    for p, text in enumerate(texts):
+        n = len(model.tokens(text))
+        alone, plain = model.run(text, read=[site, *inside]), model.run(text, read=["resid.2", *inside])
+        assert error(both[site][p, -n:], alone[site][0]) < 1e-4
+        assert error(both["resid.2"][p, -n:], plain["resid.2"][0]) < 1e-4
+        for name in inside:
+            assert error(both[name][p, -n:], plain[name][0]) < 1e-4
+        assert error(edited.logits[p, -n:], model.run(text).logits[0]) < 1e-4  # scaled by 1
+        # generated from there: the whole text anew, with the state emptied at the same place
+        text_and_said = model.tokens([*model.tokens(text).ids, *said[p].ids])
+        again = model.run(text_and_said, edits=[Edit(site, n - 1, write="scale", amount=0.0)])
+        chosen = again.logits[0, n - 1 : -1].argmax(-1).tolist()
+        assert tuple(chosen) == said[p].ids
+        assert error(again.logits[0, n:], model.run(text_and_said).logits[0, n:]) > 1e-5  # and it matters
+
+
+def _has_state(model: Model, block: int) -> bool:
+    try:
+        model.run("a", read=[f"state.{block}"])
+    except SiteError:
+        return False
+    return True
+
+
+def test_features_are_read_along_with_states() -> None:
+    model = loaded("mamba")
+    run = model.run(["abcd", "xy"], read=["state.1"], coordinates={"resid.2": ps.coordinates.Whole()})
+    plain = model.run(["abcd", "xy"], read=["resid.2"])
+    assert error(run.features["resid.2"][run.mask], plain["resid.2"][run.mask]) < 1e-4
+
+
+def test_a_final_norm_that_norms_the_embeddings_too_is_met_once() -> None:
+    model = loaded("nanochat")
+    run = model.run("abcd", read=["final_norm", "final_scale", "resid.0", "resid.5"])
+    same = ps.edits.freeze(run, ["final_scale"])
+    assert error(model.run("abcd", edits=same).logits, run.logits) < 1e-6
+    moved = model.run("abcd", edits=[Edit("final_norm", None, write="scale", amount=0.5)], read=["resid.0"])
+    assert torch.equal(moved["resid.0"], run["resid.0"]) and not torch.equal(moved.logits, run.logits)
+
+
+def test_what_is_not_one_value_a_token_is_refused() -> None:
+    with pytest.raises(SiteError, match="attends more than once"):
+        loaded("diffllama").run("abc", read=["z.1"])
+    with pytest.raises(SiteError, match="not one for each"):
+        loaded("deepseek_v4").run("abcdefghij", read=["k.3"])
+    with pytest.raises(SiteError, match="not go token by token"):
+        loaded("minimax").run("abc", read=["state.0"])
+    for family in ("diffllama", "deepseek_v4", "minimax"):
+        for module in loaded(family).hf.modules():
+            assert not module._forward_hooks and not module._forward_pre_hooks and "forward" not in vars(module)

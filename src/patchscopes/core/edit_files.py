@@ -24,7 +24,12 @@ def save_edits(path: str, edits: Sequence[Edit]) -> None:
 
     tensors: dict[str, Tensor] = {}
     saved = [described(edit, str(k), tensors, to_save=True) for k, edit in enumerate(edits)]
-    save_file({k: t.contiguous() for k, t in tensors.items()} or {"none": torch.zeros(0)}, path, {"edits": json.dumps(saved)})
+    save_file(
+        {k: t.clone().contiguous() for k, t in tensors.items()}  # edits may share a value, tensors of a file may not
+        or {"none": torch.zeros(0)},
+        path,
+        {"edits": json.dumps(saved)},
+    )
 
 
 def load_edits(path: str) -> list[Edit]:
@@ -56,14 +61,14 @@ def described(edit: Edit, key: str, tensors: dict[str, Tensor], *, to_save: bool
                     tensors[f"{key}.coordinates.{name}"] = part.detach().cpu()
             plain["coordinates"] = {"kind": kind, **{n: p for n, p in parts.items() if not isinstance(p, Tensor)}}
         elif value != field.default:
-            plain[field.name] = _listed(value)
+            plain[field.name] = float(edit.amount) if field.name == "amount" else _listed(value)
     return plain
 
 
 def _listed(value: object) -> Any:
     if isinstance(value, Span):
         return {"span": asdict(value)}
-    return [_listed(v) for v in value] if isinstance(value, (list, tuple)) else value
+    return [_listed(v) for v in value] if isinstance(value, (list, tuple, range)) else value
 
 
 def _unlisted(name: str, value: Any) -> Any:

@@ -28,7 +28,7 @@ from torch import Tensor
 from patchscopes.core.coordinates import Coordinates, Subspace
 from patchscopes.core.errors import InputError, SiteError, UnknownName, VectorError, nearest
 from patchscopes.core.positions import Positions
-from patchscopes.core.sites import EDGES
+from patchscopes.core.sites import EDGES, resolve_sites
 
 if TYPE_CHECKING:
     from patchscopes.core.edit_files import load_edits as load_edits
@@ -88,7 +88,10 @@ class Edit:
             raise SiteError(f"keys were given for {self.site}; only {' and '.join(EDGES)} have keys")
         if self.write == "knock_out" and not edges:
             raise SiteError(f"knock_out at {self.site}: attention is knocked out at {' or '.join(EDGES)}")
-        if not (self.steps in ("prompt", "always") or (isinstance(self.steps, tuple) and all(t >= 0 for t in self.steps))):
+        if self.features is not None and not len(self.features):
+            raise InputError(f"the edit at {self.site} names no features; leave them out to write all, or leave out the edit")
+        some = isinstance(self.steps, tuple) and bool(self.steps) and all(t >= 0 for t in self.steps)
+        if not (some or self.steps in ("prompt", "always")):
             raise InputError(
                 f"steps is {self.steps!r}; expected 'prompt', 'always', or numbers of generated tokens such as (0, 2)"
             )
@@ -131,6 +134,11 @@ class HasSites(Protocol):
         """[batch, pos], True at real tokens."""
         ...
 
+    @property
+    def n_layers(self) -> int:
+        """Of the model."""
+        ...
+
     def __getitem__(self, site: str) -> Tensor: ...
 
 
@@ -161,12 +169,15 @@ def knock_out(
 def freeze(run: HasSites, sites: Iterable[str]) -> list[Edit]:
     """Set these sites to what they were in `run`, all prompts and positions: a pattern, a norm's scale ("attn_scale.3"), anything."""
     found = []
-    for site in sites:
-        value = run[site].detach()
+    for site in (one for text in sites for one in resolve_sites(text, run.n_layers)):
+        value = run[str(site)].detach()
+        if site.name not in EDGES:  # streams, which some models have in front, follow the position
+            inner = value.ndim - 2 if site.name == "state" else site.features - (site.head is not None)
+            value = value.movedim((-2 - inner, -1 - inner), (0, 1))
         for prompt, real in enumerate(run.mask):
             at = real.nonzero()[:, 0].to(value.device)
-            own = value[prompt][..., at, :][..., at] if site.split(".")[0] in EDGES else value[prompt][at]
-            found.append(Edit(site, None, own, prompt=prompt))
+            own = value[prompt][..., at, :][..., at] if site.name in EDGES else value[prompt][at]
+            found.append(Edit(str(site), None, own, prompt=prompt))
     return found
 
 
@@ -189,12 +200,21 @@ def written(
     """What stands at the site afterwards. value, old: [..., width]. VectorError for a zero vector with "add_matched"."""
     if coordinates is not None:
         f = coordinates.encode(old)
+        if features is None and value is not None and value.ndim and value.shape[-1] not in (1, f.shape[-1]):
+            raise VectorError(f"the value is {value.shape[-1]} wide, but {coordinates.name} has {f.shape[-1]} features")
         g = written(value, f, write, amount, None, features)
         return old + (coordinates.decode(g) - coordinates.decode(f))
     if features is not None:
+        width, count = old.shape[-1], len(features)
+        if not all(0 <= feature < width for feature in features):
+            raise VectorError(f"features {tuple(features)} were named, but there are {width}, counted from 0")
+        if value is not None and value.ndim and value.shape[-1] not in (1, count, width):
+            raise VectorError(
+                f"the value is {value.shape[-1]} wide; expected {count}, one for each feature named, or all {width}"
+            )
         index = torch.tensor(list(features), device=old.device)
         some = old.index_select(-1, index)
-        if value is not None and value.shape[-1] != len(features):
+        if value is not None and value.ndim and value.shape[-1] not in (1, count):
             value = value.index_select(-1, index.to(value.device))
         return old.index_copy(-1, index, written(value, some, write, amount))
     if value is None:

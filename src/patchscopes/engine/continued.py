@@ -54,6 +54,7 @@ def continued(
             continued(engine, [p], own(edits, i), decoding, seeds=[seeds[i]], cached=cached, padding_exact=True)[0]
             for i, p in enumerate(prompts)
         ]
+    cached = cached and not any(e.site.name == "state" for e in edits)  # states are written between tokens: see `run`
     step = _cached(engine, batched(prompts, engine.device), edits) if cached else _anew(engine, prompts, edits)
     who = list(range(len(prompts)))
     first = step(who, None)

@@ -42,7 +42,9 @@ class Placed:
     @property
     def rule(self) -> tuple:
         """Edits of equal rules can be made together."""
-        return (self.write, id(self.coordinates), self.features, self.site.head)
+        some = self.coordinates is not None or self.features is not None
+        width = self.value.shape[-1:] if some and self.value is not None else None
+        return (self.write, id(self.coordinates), self.features, self.site.head, width)
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,16 @@ def edited(x: Tensor, edits: Sequence[Placed], frame: Frame) -> Tensor | None:
         cols = torch.tensor([c for _, _, places in group for c, _ in places], device=x.device)
         old = x[index, cols]
         old = old if edit.site.head is None else old[..., edit.site.head, :]
-        value = None if edit.value is None else torch.cat([_values(e, [i for _, i in places], old, x) for e, _, places in group])
+        value = (
+            None
+            if edit.value is None
+            else torch.cat(
+                [
+                    _values(e, [i for _, i in places], old, frame.lengths[frame.prompts[row]]).to(x.device)
+                    for e, row, places in group
+                ]
+            )
+        )
         amounts = [e.amount for e, _, places in group for _ in places]
         amount: float | Tensor = amounts[0]
         if len(set(amounts)) > 1:
@@ -122,18 +133,29 @@ def _groups(found: list[tuple[Placed, int, list]]) -> list[list[tuple[Placed, in
     return list(groups.values())
 
 
-def _values(edit: Placed, which: list[int], old: Tensor, x: Tensor) -> Tensor:
-    """The edit's value for each of its places, [place, ...] as wide as what stands there."""
+def _values(edit: Placed, which: list[int], old: Tensor, length: int) -> Tensor:
+    """The edit's value for each of its places, [place, ...] as wide as what stands there. length: of the prompt."""
     assert edit.value is not None
-    value, inner = edit.value.to(x.device), old.ndim - 1  # axes behind the place
-    if value.ndim == inner + 1:  # one for each position
-        if edit.steps != "prompt" or (edit.positions is not None and len(value) != len(edit.positions)):
+    value, inner = edit.value, edit.site.features - (edit.site.head is not None)
+    streams = tuple(old.shape[1 : old.ndim - inner])  # some models have them in front of the batch; here they follow the place
+    for_all = value.ndim <= inner or (bool(streams) and value.shape[:-inner] == streams)
+    if for_all:
+        value = value[None]
+    else:  # one for each position
+        one_each = len(value) == (length if edit.positions is None else len(edit.positions))
+        if len(value) > 1 and (edit.steps != "prompt" or not one_each):
             raise VectorError(
                 f"the edit at {edit.site} has {len(value)} values for {len(edit.positions or ()) or 'all'} positions; "
                 "expected one for each, or one for all"
             )
-        return value[torch.tensor(which, device=value.device)]
-    return value.expand(len(which), *value.shape) if value.ndim == inner else value.expand(len(which), *old.shape[1:-1], -1)
+        value = value[torch.tensor(which if len(value) > 1 else [0], device=value.device)]
+        if streams and value.ndim == inner + 1:
+            value = value[:, None]
+    some = edit.coordinates is not None or edit.features is not None
+    width = value.shape[-1] if some and value.ndim > 1 else old.shape[-1]
+    while value.ndim < old.ndim:
+        value = value[:, None]
+    return value.expand(len(which), *old.shape[1:-1], width)
 
 
 def _edited_edges(x: Float[Tensor, "batch head query key"], edits: Sequence[Placed], frame: Frame) -> Tensor | None:
@@ -157,11 +179,22 @@ def _edited_edges(x: Float[Tensor, "batch head query key"], edits: Sequence[Plac
                 continue
             old, value = new[where], None
             if edit.value is not None:
-                value = edit.value.to(x)
-                if value.ndim >= 2:  # [(head,) query, key] of the positions named
-                    value = value[..., torch.tensor([i for _, i in queries]), :][..., torch.tensor([i for _, i in keys])]
+                value = edit.value.to(x)  # [(head,) query, key] of the positions named
+                if value.ndim >= 2 and value.shape[-2] > 1:
+                    value = _along(value, -2, [i for _, i in queries], edit)
+                if value.ndim >= 1 and value.shape[-1] > 1:
+                    value = _along(value, -1, [i for _, i in keys], edit)
             new[where] = written(value, old, edit.write, edit.amount, edit.coordinates, edit.features)
     return new
+
+
+def _along(value: Tensor, axis: int, which: list[int], edit: Placed) -> Tensor:
+    if max(which) >= value.shape[axis] or (axis == -2 and edit.steps != "prompt"):
+        raise VectorError(
+            f"the edit at {edit.site} has a value of shape {tuple(value.shape)}, which says nothing of tokens generated later; "
+            "expected one value for all of them"
+        )
+    return value.index_select(axis, torch.tensor(which, device=value.device))
 
 
 def _refuse_blind(scores: Tensor, edit: Placed) -> None:

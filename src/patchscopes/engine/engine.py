@@ -94,6 +94,8 @@ class Engine:
         self.shapes: dict[Site, tuple[int, ...]] = {}
         # number formats of sites: Mamba keeps its residual stream in float32 whatever its weights are in
         self.dtypes: dict[Site, torch.dtype] = {Site("resid", layer): h.dtype for layer, h in some.items()}
+        # of values inside state-space mixers the axes of batch and position, and the width (state_space.form_of)
+        self.forms: dict[Site, tuple[tuple[int, int] | None, int]] = {}
 
     @cached_property
     def devices(self) -> frozenset[torch.device]:

@@ -137,7 +137,7 @@ def _gradients(
         features={s: f.detach() for s, f in run.features.items()},
     )
     at = replace(plain, values={site: got["at", site] for site in run.values})
-    per_edit = [None if v is None else got["edit", id(v)] for v in values]
+    per_edit = [None if v is None else got.get(("edit", id(v)), torch.zeros_like(v)) for v in values]
     return Gradients(plain, value.detach(), at, per_edit, {str(s): got["feature", s] for s in watch.features})
 
 

@@ -152,14 +152,14 @@ def first_tensor(out: Any) -> Tensor | None:
 
 @contextmanager
 def hooked(hooks: Iterable[Handle]) -> Iterator[None]:
-    """The hooks are on inside the block, in the order given, and off after it, whatever happens."""
+    """The hooks are on inside the block, in the order given, and off after it, the last first, whatever happens."""
     hooks = list(hooks)
     try:
         for hook in hooks:
             hook.put()
         yield
     finally:
-        for hook in hooks:
+        for hook in reversed(hooks):  # two that wrap one forward unwrap it in this order only
             hook.remove()
 
 

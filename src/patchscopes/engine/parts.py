@@ -15,6 +15,7 @@ A part that a block has not is None, and sites that need it are refused by name.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,7 +58,8 @@ class Norm:
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """The parts of one block; see above. `attends`: through our function; `heads`: query heads, 0 if it is no attention."""
+    """The parts of one block; see above. `attends`: through our function; `heads`: query heads, 0 if it is no attention;
+    `twice`: it attends more than once in a pass, to other values each time (DiffLlama)."""
 
     attention: nn.Module | None
     attends: bool
@@ -72,6 +74,7 @@ class Parts:
     experts: nn.Module | None
     gated_norm: nn.Module | None
     state_space: frozenset[str] = frozenset()
+    twice: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +107,7 @@ def find_parts(model: Any, anatomy: Anatomy, forward: Callable[[], Tensor]) -> A
     """The parts of a model. `forward` runs it on some tokens and gives the logits."""
     blocks = anatomy.blocks
     plain = forward()
-    seen, asked, through_ours = _watch(model, forward)
+    seen, asked, calls, through_ours = _watch(model, forward)
     off = float((through_ours - plain).float().abs().max() / plain.float().abs().max())
     ours = off <= OURS.get(
         plain.dtype, 1e-4
@@ -121,6 +124,8 @@ def find_parts(model: Any, anatomy: Anatomy, forward: Callable[[], Tensor]) -> A
     for b, p in enumerate(parts):
         if p.attention is not None and not p.heads:
             parts[b] = replace(p, state_space=sites_of(p.attention, p.gated_norm, forward))
+    entries = Counter(one.module for one in seen)
+    parts = [replace(p, twice=p.attention is not None and calls[p.attention] > entries[p.attention]) for p in parts]
     head = model.get_output_embeddings()
     entered = next((s for s in seen if s.module is head), None)
     norm = _producer(seen[seen.index(entered) :: -1], entered.read) if entered is not None and entered.read is not None else None
@@ -129,12 +134,13 @@ def find_parts(model: Any, anatomy: Anatomy, forward: Callable[[], Tensor]) -> A
     )
 
 
-def _watch(model: Any, forward: Callable[[], Tensor]) -> tuple[list[_Seen], dict[nn.Module, int], Tensor]:
-    """All modules in the order in which they begin, with copies of what they read and wrote; which asked for attention, and for how
-    many heads; and the logits that came of it."""
+def _watch(model: Any, forward: Callable[[], Tensor]) -> tuple[list[_Seen], dict[nn.Module, int], Counter[nn.Module], Tensor]:
+    """All modules in the order in which they begin, with copies of what they read and wrote; which asked for attention, for how
+    many heads and how often; and the logits that came of it."""
     seen: list[_Seen] = []
     open_: list[_Seen] = []
     asked: dict[nn.Module, int] = {}
+    calls: Counter[nn.Module] = Counter()
 
     def watch(path: str, module: nn.Module) -> list[Handle]:
         def enter(args: tuple, kwargs: dict) -> None:
@@ -158,8 +164,9 @@ def _watch(model: Any, forward: Callable[[], Tensor]) -> tuple[list[_Seen], dict
         def heads(self, _name: str, value: Tensor) -> Tensor:
             return value
 
-        def edges(self, _name: str, value: Tensor) -> Tensor:
+        def edges(self, name: str, value: Tensor) -> Tensor:
             asked[self.module] = value.shape[1]
+            calls[self.module] += name == "scores"
             return value
 
     modules = [(path, m) for path, m in model.named_modules() if path and not isinstance(m, nn.ModuleList)]
@@ -171,7 +178,7 @@ def _watch(model: Any, forward: Callable[[], Tensor]) -> tuple[list[_Seen], dict
     finally:
         for _, module in modules:
             module.__dict__.pop(SLOT, None)
-    return seen, asked, logits
+    return seen, asked, calls, logits
 
 
 def _inside(block: nn.Module, path: str, seen: Sequence[_Seen]) -> list[_Seen]:

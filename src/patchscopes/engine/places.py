@@ -81,6 +81,11 @@ def at_sites(engine: Engine, changes: Mapping[Site, Change], current: Current | 
         elif site.name in ("embed", "final_norm", "final_scale", "logits"):
             handles.append(_of_the_model(engine, site, change))
         elif site.name in ATTENDED and (attention := engine.parts.blocks[site.index]).heads:
+            if attention.twice and site.name in ("v", "z"):
+                raise SiteError(
+                    f"site {site} is not on this model: {type(attention.attention).__name__} of block {site.index} attends more than "
+                    "once in a pass, to other values each time"
+                )
             assert attention.attention is not None
             taps.setdefault(attention.attention, _Tap(current, site.index)).changes[site.index, site.name] = change
         else:
@@ -187,10 +192,20 @@ def _of_the_model(engine: Engine, site: Site, change: Change) -> Handle:
     parts = engine.parts
     if site.name == "embed" and parts.embed is not None:
         return on_output(parts.embed, change)
-    if site.name == "final_norm" and parts.final_norm is not None:
-        return on_output(parts.final_norm, change)
-    if site.name == "final_scale" and parts.final_scale is not None:
-        return _at_scale(parts.final_scale, change)
+    if site.name in ("final_norm", "final_scale"):
+        behind = [False]  # whether the last block has run: one module may norm the embeddings too (nanochat)
+
+        def final(x: Tensor) -> Tensor | None:
+            if not behind[0]:
+                return None
+            behind[0] = False
+            return change(x)
+
+        note = on_arguments(engine.blocks[-1], lambda _args, _kwargs: behind.__setitem__(0, True))
+        if site.name == "final_norm" and parts.final_norm is not None:
+            return all_of(note, on_output(parts.final_norm, final))
+        if site.name == "final_scale" and parts.final_scale is not None:
+            return all_of(note, _at_scale(parts.final_scale, final))
     if site.name == "logits":
 
         def hook(_module: nn.Module, _args: tuple, out: Any) -> Any:

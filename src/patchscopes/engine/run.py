@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from patchscopes.core.coordinates import Coordinates
-from patchscopes.core.errors import PositionError, SiteError
+from patchscopes.core.errors import PatchscopesError, PositionError, SiteError
 from patchscopes.core.sites import EDGES, Site, resolve_sites
 from patchscopes.engine.edits import Frame, Placed, edited
 from patchscopes.engine.engine import Engine
@@ -123,14 +123,15 @@ def run(
 ) -> Run:
     """One pass over `prompts`. Sites read show the edits made at them, and all that follows from edits below."""
     lengths = {p.shape[1] for p in prompts}
-    if len(lengths) > 1 and not padding_exact:
+    steps = any(site.name == "state" for site in (*reads, *(e.site for e in edits), *(coordinates or {})))
+    if len(lengths) > 1 and (steps or not padding_exact):  # one token at a time recurrent models take no mask (Mamba)
         alone = [
             run(engine, [p], reads, own(edits, i), padding_exact=True, coordinates=coordinates) for i, p in enumerate(prompts)
         ]
         return side_by_side(alone, max(lengths))
     batch = batched(prompts, engine.device)
     watch = Watch(engine, reads, edits, batch.frame, coordinates=coordinates)
-    if any(site.name == "state" for site in (*watch.reads, *watch.edits)):
+    if steps:
         return _token_by_token(engine, batch, watch)
     while True:
         with hooked(watch.hooks()):
@@ -152,18 +153,23 @@ def finished(watch: Watch, logits: Tensor, mask: Tensor) -> Run:
 
 
 def _token_by_token(engine: Engine, batch: Batch, watch: Watch) -> Run:
-    """Each token in a pass of its own, on the model's cache; in between, states are read and written there."""
+    """Each token of prompts of one length in a pass of its own, on the model's cache; in between, states are read and written there."""
     cache = engine.new_cache()
     found: dict[Site, list[Tensor]] = {site: [] for site in watch.reads}
+    features: dict[Site, list[Tensor]] = {site: [] for site in watch.coordinates}
     logits, length = [], batch.ids.shape[1]
     state_sites = sorted(site for site in {*watch.reads, *watch.edits} if site.name == "state")
     whole = watch.frame
     for t in range(length):
         watch.frame = Frame(whole.prompts, [first + t for first in whole.first], 1, whole.lengths)
-        mask = None if batch.padded is None else batch.padded[:, : t + 1]
-        positions = None if batch.positions is None else batch.positions[:, t : t + 1]
         with hooked(watch.hooks()):
-            logits.append(engine.forward(batch.ids[:, t : t + 1], offset=t, cache=cache, mask=mask, positions=positions))
+            try:
+                logits.append(engine.forward(batch.ids[:, t : t + 1], offset=t, cache=cache))
+            except (ValueError, TypeError, AttributeError) as error:
+                if t or isinstance(error, PatchscopesError):
+                    raise
+                # the first step of a model that keeps its states in no cache of the library's (MiniMax)
+                raise SiteError(f"site {state_sites[0]} is not on this model: it does not go token by token ({error})") from error
         for site in state_sites:
             held = _state(cache, site.index)
             if held is None:
@@ -175,11 +181,14 @@ def _token_by_token(engine: Engine, batch: Batch, watch: Watch) -> Run:
                 held.copy_(new[:, 0].reshape(held.shape))
             if site in found:
                 found[site].append(held.clone()[:, None])
+        for site in features:
+            features[site].append(watch.features[site].clone())
         for site in found:
             if site.name != "state":
                 found[site].append(watch.values[site].clone())
     values = {site: torch.cat(some, 1) if site.name == "state" else _edges_or(some, site, length) for site, some in found.items()}
-    return Run(torch.cat(logits, 1), batch.mask, values, engine.n_layers)
+    encoded = {str(site): some[-1] if site.name in ("k", "v") else stacked(some, site) for site, some in features.items()}
+    return Run(torch.cat(logits, 1), batch.mask, values, engine.n_layers, encoded)
 
 
 def _state(cache: Any, block: int) -> Tensor | None:

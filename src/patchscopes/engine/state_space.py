@@ -37,7 +37,26 @@ def at_state_space(engine: Engine, site: Site, change: Change) -> Handle:
         raise SiteError(f"site {site} is not on this model: block {site.index} has no state-space mixer in which it was seen")
     size: list[tuple[int, int]] = []
     note = on_arguments(engine.blocks[site.index], lambda args, _kw: size.append(engine.rows_and_columns(args[0])))
-    return all_of(note, seen(parts.attention, parts.gated_norm, site.name, lambda x: _by_position(change, x, *size[-1])))
+    form = form_of(engine, site)
+    return all_of(note, seen(parts.attention, parts.gated_norm, site.name, lambda x: _by_position(change, x, *size[-1], *form)))
+
+
+@torch.no_grad()
+def form_of(engine: Engine, site: Site) -> tuple[tuple[int, int] | None, int]:
+    """The axes of batch and position in what the mixer computes, None where they are one, and how many numbers a token has.
+    Measured once, in passes of two sizes."""
+    if site not in engine.forms:
+        parts, shapes = engine.parts.blocks[site.index], []
+        assert parts.attention is not None
+        for rows, length in ((1, 2), (3, 5)):
+            found: list[torch.Size] = []
+            with hooked([seen(parts.attention, parts.gated_norm, site.name, lambda x, found=found: found.append(x.shape))]):
+                engine.forward(torch.zeros(rows, length, dtype=torch.long, device=engine.device))
+            shapes.append(found[0])
+        pairs = list(zip(*shapes, strict=True)) if len(shapes[0]) == len(shapes[1]) else []
+        axes = (pairs.index((1, 3)), pairs.index((2, 5))) if {(1, 3), (2, 5)} <= set(pairs) else None
+        engine.forms[site] = axes, shapes[0].numel() // 2
+    return engine.forms[site]
 
 
 def sites_of(mixer: nn.Module, gated_norm: nn.Module | None, forward: Callable[[], Any]) -> frozenset[str]:
@@ -89,10 +108,14 @@ def _changed(x: Tensor, change: Change, done: list[bool]) -> Tensor:
     return x if new is None else new
 
 
-def _by_position(change: Change, x: Tensor, rows: int, size: int) -> Tensor | None:
-    """Pass x on as [batch, pos, width], however the mixer has it."""
-    if x.ndim == 3 and x.shape[-1] == size and x.shape[-2] != size:  # [batch, channel, pos]
-        new = change(x.transpose(1, 2))
-        return None if new is None else new.transpose(1, 2)
-    new = change(x.reshape(rows, size, -1))
-    return None if new is None else new.reshape(x.shape)
+def _by_position(change: Change, x: Tensor, rows: int, size: int, axes: tuple[int, int] | None, width: int) -> Tensor | None:
+    """Pass x on as [batch, pos, width], however the mixer has it: [batch, channel, pos] (Mamba), [head, batch, pos, …] (Zamba)."""
+    if axes is not None and x.ndim > max(axes) and (x.shape[axes[0]], x.shape[axes[1]]) == (rows, size):
+        ordered = x.movedim(axes, (0, 1))
+        new = change(ordered.flatten(2))
+        return None if new is None else new.reshape(ordered.shape).movedim((0, 1), axes)
+    flat = x.reshape(rows, size, width, -1)
+    if not torch.equal(flat, flat[..., :1].expand_as(flat)):
+        raise SiteError(f"a pass of {size} tokens computes {flat.shape[-1]} values for each that the prompt's pass computes")
+    new = change(flat[..., 0])  # steps of one token repeat a head's number for its channels (Mamba-2)
+    return None if new is None else new[..., None].expand_as(flat).reshape(x.shape)

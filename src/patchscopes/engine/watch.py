@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from patchscopes.core.coordinates import Coordinates
-from patchscopes.core.sites import Site
-from patchscopes.engine.edits import Frame, Placed, edited, refuse_contradictions
+from patchscopes.core.errors import SiteError
+from patchscopes.core.sites import EDGES, Site
+from patchscopes.engine.edits import OF_KEYS, Frame, Placed, edited, refuse_contradictions
 from patchscopes.engine.engine import Engine
 from patchscopes.engine.hooks import Change, Handle
 from patchscopes.engine.places import Current, at_sites
@@ -62,6 +63,8 @@ class Watch:
         edits, system = self.edits.get(site, []), self.coordinates.get(site)
 
         def change(x: Tensor) -> Tensor | None:
+            if site.name in (*OF_KEYS, *EDGES):
+                self._refuse_other_keys(site, x.shape[-1 if site.name in EDGES else -3])
             new = edited(x, edits, self.frame) if edits else None
             value = x if new is None else new
             if self.graph:
@@ -75,6 +78,15 @@ class Watch:
 
         return change
 
+    def _refuse_other_keys(self, site: Site, keys: int) -> None:
+        """Keys that stand for no token, or for several (DeepSeek-V4), have no positions."""
+        frame = self.frame
+        tokens = max(frame.lengths) + frame.first[0] + frame.columns - frame.lengths[frame.prompts[0]]
+        if keys > tokens:
+            raise SiteError(
+                f"site {site} is not on this model in this prompt: it has {keys} keys for {tokens} tokens, not one for each"
+            )
+
     def _kept(self, site: Site, value: Tensor, system: Coordinates | None) -> Tensor:
         """The value as a node of the graph on which all that follows hangs. A copy goes on: some models write into what they get."""
         if system is not None:
@@ -84,8 +96,8 @@ class Watch:
             value = value + (said - said.detach())
             self.features.setdefault(site, f)
         if site in self.reads:
-            if not value.requires_grad:
-                value = value.detach().requires_grad_()
+            # a node of its own: x itself may go elsewhere too (parallel MLPs read what the attention reads; a norm's scale is taken off)
+            value = value.clone() if value.requires_grad else value.detach().requires_grad_()
             self.values.setdefault(site, value)  # the first: checkpointing runs it again
         return value.clone()
 

@@ -205,6 +205,7 @@ class Model:
         """
         batch = self._batch(prompts)
         hung = {self._one_site(text): system for text, system in (coordinates or {}).items()}
+        _refuse_steps(edits)
         return run(
             self.engine,
             [t.tensor for t in batch],
@@ -231,6 +232,7 @@ class Model:
         """
         batch = self._batch(prompts)
         hung = {self._one_site(text): system for text, system in (coordinates or {}).items()}
+        _refuse_steps(edits)
         return gradients(
             self.engine,
             [t.tensor for t in batch],
@@ -410,7 +412,16 @@ class Model:
         else:
             n_positions = len(p) if (p := _positions(edit.position, tokens)) is not None else len(tokens)
             expected = (n_positions, *shape)
-        if not _broadcasts(value.shape, expected) and value.shape != (*self.engine.streams, *shape):
+        streams = self.engine.streams if site.name == "resid" else ()
+        each = (expected[0], *streams, *shape) if streams else ()
+        if streams and value.shape == (*streams, *shape) == expected and expected[0] > 1:
+            raise VectorError(
+                f"the edit at {site} has a value of shape {tuple(value.shape)}, one for each stream or one for each position; "
+                f"give it as (1, {', '.join(map(str, value.shape))}) or as {each}"
+            )
+        if not _broadcasts(value.shape, expected) and not (
+            streams and value.ndim >= 1 + len(shape) and _broadcasts(value.shape, each)
+        ):
             raise VectorError(
                 f"the edit at {site} has a value of shape {tuple(value.shape)}; expected {shape} for all its positions, or {expected}"
                 if site.name not in EDGES
@@ -473,10 +484,20 @@ class Said:
 
 
 def _positions(where: Positions, tokens: Tokens) -> tuple[int, ...] | None:
+    """From 0, each once (two names may mean one token: it is written once)."""
     if where is None:
         return None
     asked = [where] if isinstance(where, (int, str, Span)) else list(where)
-    return tuple(tokens.position(position) for position in asked)
+    return tuple(dict.fromkeys(tokens.position(position) for position in asked))
+
+
+def _refuse_steps(edits: Sequence[Edit]) -> None:
+    late = next((e for e in edits if isinstance(e, Edit) and isinstance(e.steps, tuple)), None)
+    if late is not None:
+        raise InputError(
+            f"{late} is made at generated tokens only, and a pass over a prompt generates none; "
+            "use model.generate, or steps='prompt' and a position"
+        )
 
 
 def _check_features(edit: Edit, site: Site, width: int) -> None:
