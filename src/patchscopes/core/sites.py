@@ -53,9 +53,7 @@ _TRANSFORMER_LENS = {
     "resid_post": ("resid", 1),
     "attn_out": ("attn_out", 0),
     "mlp_out": ("mlp_out", 0),
-    "attn.hook_q": ("q", 0),
-    "attn.hook_rot_q": ("q", 0),
-    "attn.hook_k": ("k", 0),
+    "attn.hook_rot_q": ("q", 0),  # hook_q and hook_k are before the rotary embedding there: no site of ours
     "attn.hook_rot_k": ("k", 0),
     "attn.hook_v": ("v", 0),
     "attn.hook_z": ("z", 0),

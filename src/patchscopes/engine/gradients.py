@@ -205,6 +205,11 @@ def jvp(
     refuse_quantised(engine.model)
     require_finite(tangent, f"the tangent at {site}")
     if len({p.shape[1] for p in prompts}) > 1 and not padding_exact:
+        if tangent.ndim > site.features:
+            raise InputError(
+                f"on this model prompts of different lengths run apart, but the tangent at {site} has the shape {tuple(tangent.shape)}, "
+                "an entry for each token of all; give one prompt at a time, or one tangent for all tokens"
+            )
         both = [jvp(engine, [p], site, tangent, sites, padding_exact=True) for p in prompts]
         longest = max(p.shape[1] for p in prompts)
         return Tangents(side_by_side([b.run for b in both], longest), side_by_side([b.moved for b in both], longest))

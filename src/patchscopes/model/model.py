@@ -315,7 +315,7 @@ class Model:
         return decompose(
             self.engine,
             [t.tensor for t in batch],
-            resolve_layers(layer, self.n_layers)[0],
+            resolve_layers(int(layer), self.n_layers)[0],
             heads=heads,
             padding_exact=self.capabilities.ok("left_padding"),
         )
@@ -335,7 +335,8 @@ class Model:
     def _one_site(self, text: str) -> Site:
         sites = self._sites(text)
         if len(sites) != 1 or sites[0].head is not None:
-            raise SiteError(f"{text!r} names {len(sites)} sites; expected one, with all its heads")
+            found = f"{len(sites)} sites" if len(sites) != 1 else "one head"
+            raise SiteError(f"{text!r} names {found}; expected one site, with all its heads")
         return sites[0]
 
     def remembering(self, max_bytes: int = 2**30) -> AbstractContextManager[None]:
