@@ -7,6 +7,7 @@ themselves.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import string
 from collections.abc import Sequence
@@ -322,7 +323,7 @@ def tiny(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> n
     """A random model of `family`, in evaluation mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        hf = AutoModelForCausalLM.from_config((CONFIGS | REFUSED)[family]).to(dtype)
+        hf = AutoModelForCausalLM.from_config(copy.deepcopy((CONFIGS | REFUSED)[family])).to(dtype)
         for parameter in hf.parameters():
             if parameter.ndim >= 2:
                 parameter.data.normal_(0, STD)

@@ -271,9 +271,9 @@ def test_edits_that_would_do_nothing_or_something_else_are_refused() -> None:
         Edit("resid.2", None, v, features=())
     with pytest.raises(VectorError, match="64, counted from 0"):
         model.run("abc", edits=[Edit("resid.2", 0, v[:2], features=(0, 64))])
-    with pytest.raises(VectorError, match="3 wide; expected 2"):
+    with pytest.raises(VectorError, match="3 features; expected 2"):
         model.run("abc", edits=[Edit("resid.2", 0, v[:3], features=(0, 1))])
-    with pytest.raises(VectorError, match="2 features"):
+    with pytest.raises(VectorError, match="3 features; expected 2"):
         space = ps.coordinates.Subspace.spanned_by(numbers(2, WIDTH))
         model.run("abc", edits=[Edit("resid.2", 0, v[:3], coordinates=space)])
     with pytest.raises(VectorError, match="for each stream or one for each position"):

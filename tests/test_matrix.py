@@ -186,7 +186,8 @@ def test_gradient(case: Case) -> None:
     assert case.model.engine.gradient_route == GRADIENTS.get(case.family, "stairs")
     for patch, value, logit in zip(some, got.values, got.metric, strict=True):
         want = gradient(case.hf, case.family, case.ids, patch, 7)
-        assert error(value, want) <= 10 * CLOSE, patch.site
+        off = float((value - want).abs().max())  # the gradient may be nothing: hash routing in HY-V4's lower blocks
+        assert off <= 10 * CLOSE * max(float(want.abs().max()), 1e-6), patch.site
         assert not logit.requires_grad
 
 

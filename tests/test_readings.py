@@ -229,6 +229,7 @@ class TestProvenance:
             "stop": [],
             "site": "resid",
             "write": "replace",
+            "edits": [],
             "temperature": 0.0,
             "draws": 1,
             "seed": 11,

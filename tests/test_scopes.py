@@ -356,3 +356,34 @@ class TestBadInput:
             ps.Source.of_vectors(loaded("llama"), torch.full((64,), math.nan), layer=1)
         with pytest.raises(InputError, match="one each"):
             ps.Source.of_vectors(loaded("llama"), torch.zeros(2, 64), layer=1, labels=["a"])
+
+
+class TestUnderEdits:
+    """Further edits of every target run, of the controls too."""
+
+    def test_a_reading_is_a_run_with_all_edits(self) -> None:
+        model = loaded("llama")
+        push = torch.ones(64) * 0.3
+        edits = [ps.Edit("resid.3", -1, push, "add", steps="always"), *ps.edits.knock_out("2:4", -1, 0)]
+        scope = ps.Patchscope("ab {x} c", layer=2, max_new_tokens=3, edits=edits)
+        source = ps.Source(model, "hello", layer=1)
+        readings = scope(source, keep_logits=True)
+        value = model.run("hello", read=["resid.1"]).at("resid.1", position=-1)
+        position = scope_position(model, "ab x c")
+        want = model.generate("ab x c", edits=[ps.Edit("resid.2", position, value), *edits], max_new_tokens=3)[0]
+        none = readings.table.filter(pl.col("control") == "none")
+        assert none["text"][0] == want.text
+        assert readings.logits is not None and error(readings.logits[0], want.logits) < 1e-4
+        nothing = readings.table.with_row_index().filter(pl.col("control") == "nothing")
+        plain = model.run("ab x c", edits=[edits[0], edits[1]]).logits[0, -1]
+        assert error(readings.logits[int(nothing["index"][0])], plain) < 1e-4
+        assert readings.provenance["scope"]["edits"] and "knock_out" in readings.provenance["scope"]["edits"][1]
+
+    def test_an_edit_that_is_none_here_is_refused_before_anything_runs(self) -> None:
+        model = loaded("llama")
+        with pytest.raises(ps.PatchscopesError, match="no mixture of experts"):
+            ps.Patchscope("ab {x} c", edits=[ps.Edit("router.1", 0, torch.zeros(4))])(ps.Source(model, "hello", layer=1))
+
+
+def scope_position(model: ps.Model, text: str) -> int:
+    return model.tokens(text).find("x").last

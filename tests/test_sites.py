@@ -5,6 +5,7 @@ The page docs/sites.md, which families have which sites, is written here.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,7 @@ EAGER = ("gpt2", "llama", "gpt_neox", "gemma2", "qwen3", "mixtral", "opt", "phi3
 @pytest.mark.parametrize("family", EAGER)
 def test_patterns_are_those_that_eager_attention_returns(family: str) -> None:
     model = loaded(family)
-    hf = AutoModelForCausalLM.from_config(CONFIGS[family], attn_implementation="eager").eval()
+    hf = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]), attn_implementation="eager").eval()
     hf.load_state_dict(model.hf.state_dict())
     tokens = model.tokens("a small word")
     with torch.no_grad():

@@ -253,8 +253,13 @@ def check(engine: Engine, dtype: torch.dtype) -> Capabilities:
     modes = (False, True) if found["shared_prefix"].ok else (False,)
     measure(
         "ragged",
-        lambda: torch.stack([check_packing.ragged(engine, ids, shared, mine, shared=mode) for mode in modes]),
-        lambda: torch.cat([truth(), check_packing.shorter(engine, ids, shared, mine)]).expand(len(modes), -1, -1, -1),
+        lambda: torch.stack(
+            [
+                *(check_packing.ragged(engine, ids, shared, mine, shared=mode) for mode in modes),
+                check_packing.ragged_early(engine, ids, shared, mine),
+            ]
+        ),
+        lambda: torch.cat([truth(), check_packing.shorter(engine, ids, shared, mine)]).expand(len(modes) + 1, -1, -1, -1),
     )
     way: Route = "stairs" if found["stairs"].ok else "whole"
     modes = modes if way == "stairs" else (False,)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from patchscopes.core.sites import Site
 from patchscopes.engine.decode import Batch
 from patchscopes.engine.engine import Engine
 from patchscopes.engine.patch import Route, Stem
@@ -28,11 +29,28 @@ def ragged(
     engine: Engine, ids: Int[Tensor, "1 pos"], rows: Sequence[Row], said: Int[Tensor, "row step"], *, shared: bool
 ) -> Float[Tensor, "rows2 stepp1 vocab"]:
     """The same for rows of the prompt and of a shorter one in one batch; of the shorter one last."""
+    return _ragged(engine, ids, rows, said, shared=shared)
+
+
+def ragged_early(
+    engine: Engine, ids: Int[Tensor, "1 pos"], rows: Sequence[Row], said: Int[Tensor, "row step"]
+) -> Float[Tensor, "rows2 stepp1 vocab"]:
+    """The same beside a row that is changed so early that some of the padding comes behind the prefix: recurrent models may see it."""
+    early = Row(Site("resid", 0), 1, None)
+    return _ragged(engine, ids, [*rows, early], torch.cat([said, said[:1]]), shared=False, drop=1)
+
+
+def _ragged(
+    engine: Engine, ids: Tensor, rows: Sequence[Row], said: Tensor, *, shared: bool, drop: int = 0
+) -> Float[Tensor, "rows2 stepp1 vocab"]:
     both = torch.cat([ids, ids])
     mask = torch.ones_like(both, dtype=torch.bool)
     mask[1, :CUT] = False
-    some = [*rows, *(replace(row, target=1) for row in _moved(rows))]
-    return _fed(Stem(engine, both, some, mask=mask, shared=shared, room=said.shape[1]), some, torch.cat([said, said]))
+    moved = _moved(rows[: len(rows) - drop])
+    some = [*rows, *(replace(row, target=1) for row in moved)]
+    stem = Stem(engine, both, some, mask=mask, shared=shared, room=said.shape[1])
+    out = _fed(stem, some, torch.cat([said, said[: len(moved)]]))
+    return torch.cat([out[: len(moved)], out[len(rows) :]])
 
 
 def shorter(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from patchscopes.core.coordinates import Coordinates, Dictionary, Subspace, Whole
 from patchscopes.core.edits import OF_SCOPES, Edit
-from patchscopes.core.errors import InputError, NotAvailableError, PositionError, PromptError, SiteError, VectorError
+from patchscopes.core.errors import InputError, LayerError, NotAvailableError, PositionError, PromptError, SiteError, VectorError
 from patchscopes.core.finite import require_finite
 from patchscopes.core.layers import resolve_layers
 from patchscopes.core.positions import Positions, Span
@@ -311,11 +311,14 @@ class Model:
     def decompose(self, prompts: Prompt | Sequence[Prompt], layer: int = -1, *, heads: bool = True) -> Decomposition:
         """The residual stream at `layer` as a sum: embeddings, what each head and MLP of each block below added, biases, and a rest
         that is rounding wherever blocks add up."""
+        layers = resolve_layers(layer, self.n_layers)
+        if len(layers) != 1:
+            raise LayerError(f"{layer!r} names {len(layers)} layers; a decomposition is of one")
         batch = self._batch(prompts)
         return decompose(
             self.engine,
             [t.tensor for t in batch],
-            resolve_layers(int(layer), self.n_layers)[0],
+            layers[0],
             heads=heads,
             padding_exact=self.capabilities.ok("left_padding"),
         )

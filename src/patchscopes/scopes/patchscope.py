@@ -182,6 +182,7 @@ class Patchscope:
         prompts = [self.prompt] if isinstance(self.prompt, (str, Tokens)) else list(self.prompt)
         targets = [resolve_target(target_model, prompt, self.position, self.edits) for prompt in prompts]
         for target in targets:
+            _ = target.more  # what is wrong with the edits is said now
             longest = len(target.tokens) + self.max_new_tokens
             if target_model.context is not None and longest > target_model.context:
                 room = target_model.context - len(target.tokens)
