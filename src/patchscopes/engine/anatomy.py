@@ -8,7 +8,6 @@
 
   found among all modules inside the block by least squares: the smallest set, and in it the outermost modules, that leaves a
   relative error below 1e-5 with a ≠ 0. The first to run is the attention (or whatever mixes positions), the second the MLP.
-* Batch axes: which axis of every other argument of a block counts rows, seen by running two rows and three.
 * Carried: what a block returns beside the hidden state and the next block takes as an argument (T5's position bias, the indices of
   GLM's sparse attention, Zaya's router states), seen by the identity of the tensors.
 """
@@ -254,13 +253,3 @@ def _is_causal(run: Callable[[Tensor], Any], ids: Tensor) -> bool:
     a, b = (run(x).logits[0, :-1] for x in (ids, other))
     exact = a.dtype in (torch.float32, torch.float64)
     return bool((a - b).abs().max() <= (1e-5 if exact else 1e-2) * a.abs().max())
-
-
-def measure_batch_axes(argument_shapes: dict[int, dict[tuple, torch.Size]]) -> dict[tuple, tuple[int, int]]:
-    """Batch axis and entries a row of every argument, from the shapes that 2 and 3 rows have; more than one where heads are fused in."""
-    found = {}
-    for path, shape in argument_shapes[2].items():
-        for axis, (a, b) in enumerate(zip(shape, argument_shapes[3].get(path, shape), strict=False)):
-            if a != b:
-                found[path] = (axis, a // 2)
-    return found

@@ -20,9 +20,10 @@ from transformers import DynamicCache
 
 from patchscopes.core.errors import InputError, RefusedError, SiteError
 from patchscopes.core.sites import Site
-from patchscopes.engine.anatomy import Anatomy, Writer, find_anatomy, measure_batch_axes
+from patchscopes.engine import measured
+from patchscopes.engine.anatomy import Anatomy, Writer, find_anatomy
 from patchscopes.engine.given import DecoderCache, Encoded, Images, own_positions
-from patchscopes.engine.hooks import Change, Handle, bypassing, hooked, map_tensors, on_arguments, on_input, on_output
+from patchscopes.engine.hooks import Change, Handle, all_of, bypassing, hooked, map_tensors, on_arguments, on_input, on_output
 from patchscopes.engine.packing import Packing
 from patchscopes.engine.parts import AllParts, find_parts
 from patchscopes.engine.refuse import refuse_compiled
@@ -50,7 +51,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, device: torch.device | None = None):
         self.model: Any = model.eval()
-        self.device = device or _execution_device(model)
+        self.device = device or measured.execution_device(model)
         self.config: Any = model.config
         text_config = self.config.get_text_config(decoder=True)
         self.encodes = bool(getattr(self.config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"))
@@ -66,7 +67,7 @@ class Engine:
         self.anatomy: Anatomy = find_anatomy(model, self.device, self.given.inputs(1) if self.given else {})
         self.blocks = self.anatomy.blocks
         self.n_layers = self.anatomy.n_layers
-        self.first_position = self._measure_first_position()
+        self.first_position = measured.first_position(self)
         self.vocab: int = text_config.vocab_size
         # the longest sequence, in tokens; None if the config names no limit
         self.context: int | None = next(
@@ -79,8 +80,8 @@ class Engine:
         )
         if self.context is not None:
             self.context -= self.first_position
-        self.layout = self._measure_layout()
-        self.anatomy = replace(self.anatomy, batch_axes=self._measure_batch_axes())
+        self.layout = measured.layout(self)
+        self.anatomy = replace(self.anatomy, batch_axes=measured.batch_axes(self))
         some = self.read(torch.zeros(1, 1, dtype=torch.long, device=self.device), range(self.n_layers + 1)).h
         one = some[0]
         self.packing = Packing()  # what rows may share: nothing, until it was measured (`check`)
@@ -317,12 +318,7 @@ class Engine:
         block = on_arguments(self.blocks[site.index], lambda args, _kw: shape.append(args[0].shape))
         inner = on_output(writer.module, scaled)
 
-        def put() -> Any:
-            block.put()
-            inner.put()
-            return _Both(block, inner)
-
-        return Handle(put)
+        return all_of(block, inner)
 
     @torch.no_grad()
     def read(
@@ -392,99 +388,7 @@ class Engine:
         given = self.given.inputs(len(ids)) if isinstance(self.given, Encoded) else {}
         return self.model(**{"decoder_input_ids" if self.encodes else "input_ids": ids}, **given, use_cache=False).logits
 
-    @torch.no_grad()
-    def _measure_first_position(self) -> int:
-        """The number that the model itself gives to a prompt's first position: 0, but 2 in RoBERTa (its padding id, and one)."""
-        if not self.anatomy.takes_positions:
-            return 0
-        config = self.config.get_text_config(decoder=True)
-        pad = getattr(config, "pad_token_id", None)
-        ids = torch.arange(1, 7, device=self.device).remainder(config.vocab_size)
-        ids = ids[ids != (-1 if pad is None else pad)].unsqueeze(0)
-        own, best = self.own_logits(ids), (float("inf"), 0)
-        for first in dict.fromkeys((0, 1, 2, 1 + pad if isinstance(pad, int) and pad >= 0 else 0)):
-            self.first_position = first
-            try:
-                off = float((self.forward(ids) - own).abs().max() / own.abs().max())
-            except (IndexError, RuntimeError):  # beyond the table of positions
-                continue
-            if off < 1e-6:
-                return first
-            best = min(best, (off, first))
-        return best[1]
-
-    @torch.no_grad()
-    def _measure_layout(self) -> tuple[int, int]:
-        """The axes of batch and position in what the first block gets: −3 and −2 nearly everywhere."""
-        shapes: list[torch.Size] = []
-        look = on_arguments(self.blocks[0], lambda args, _kw: shapes.append(args[0].shape))
-        for rows, length in ((1, 1), (2, 3)):
-            with hooked([look]):
-                self.forward(torch.zeros(rows, length, dtype=torch.long, device=self.device))
-        one, other = shapes
-        axes = [next((k - len(one) for k, x in enumerate(one) if x == 1 and other[k] == size), None) for size in (2, 3)]
-        return (axes[0], axes[1]) if axes[0] is not None and axes[1] is not None else (-3, -2)
-
-    def _measure_batch_axes(self) -> dict[tuple, tuple[int, int]] | None:
-        for prefix in (2, 0):  # Mamba-1 refuses a mask longer than the chunk
-            try:
-                return measure_batch_axes({n: self._argument_shapes(n, prefix) for n in (2, 3)})
-            except (
-                RuntimeError,
-                ValueError,
-                TypeError,
-                LookupError,
-                AttributeError,
-            ):  # a model may object in its own way; then without a prefix
-                continue
-        return None
-
-    @torch.no_grad()
-    def _argument_shapes(self, n: int, prefix: int) -> dict[tuple, torch.Size]:
-        """Shapes of all tensors that blocks get beside the hidden state, for n rows with a prefix and a padded row: masks that are
-        not needed are left out by the library, and would not be seen."""
-        shapes: dict[tuple, torch.Size] = {}
-
-        def note(block: int) -> Handle:
-            def look(args: tuple, kwargs: dict) -> None:
-                def put(path: tuple, t: Tensor) -> Tensor:
-                    shapes[block, *path] = t.shape
-                    return t
-
-                map_tensors(put, (args[1:], dict(kwargs)))
-
-            return on_arguments(self.blocks[block], look)
-
-        ids = torch.arange(1, 6, device=self.device).remainder(self.vocab).repeat(n, 1)
-        mask = torch.ones_like(ids)
-        mask[0, 0] = 0
-        cache = self.new_cache() if prefix else None
-        if cache is not None:
-            self.forward(ids[:, :prefix], cache=cache, mask=mask[:, :prefix])
-        with hooked(note(b) for b in range(self.n_layers)):
-            self.forward(ids[:, prefix:], offset=prefix, cache=cache, mask=mask)
-        return shapes
-
 
 def _was_returned(name: object) -> bool:
     """Whether an entry of SharedKV is what the block before returned. Others have the model's own names, some of them numbers."""
     return isinstance(name, str) and name.startswith("rest ")
-
-
-@dataclass
-class _Both:
-    first: Handle
-    second: Handle
-
-    def remove(self) -> None:
-        self.first.remove()
-        self.second.remove()
-
-
-def _execution_device(model: nn.Module) -> torch.device:
-    """Where inputs go: accelerate's hook on the model knows it when parameters are offloaded ("meta")."""
-    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
-    device = next((d for hook in hooks if (d := getattr(hook, "execution_device", None)) is not None), None)
-    if device is not None:
-        return torch.device(f"cuda:{device}" if isinstance(device, int) else device)
-    return next(p.device for p in model.parameters())

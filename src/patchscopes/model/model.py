@@ -16,26 +16,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchscopes.core.coordinates import Coordinates, Dictionary, Subspace, Whole
+from patchscopes.core.coordinates import Coordinates
 from patchscopes.core.edits import OF_SCOPES, Edit
-from patchscopes.core.errors import InputError, LayerError, NotAvailableError, PositionError, PromptError, SiteError, VectorError
+from patchscopes.core.errors import InputError, LayerError, NotAvailableError, PromptError, SiteError, VectorError
 from patchscopes.core.finite import require_finite
 from patchscopes.core.layers import resolve_layers
-from patchscopes.core.positions import Positions, Span
-from patchscopes.core.sites import EDGES, SCOPED, Site, resolve_sites
+from patchscopes.core.sites import SCOPED, Site, resolve_sites
 from patchscopes.engine.check import Capabilities, check_images
 from patchscopes.engine.continued import continued, stopping
 from patchscopes.engine.decompose import Decomposition, decompose
 from patchscopes.engine.edits import Placed
 from patchscopes.engine.engine import Engine
 from patchscopes.engine.gradients import Gradients, Metric, Tangents, gradients, jvp
-from patchscopes.engine.places import dtype_of, shape_of
+from patchscopes.engine.places import shape_of
 from patchscopes.engine.refuse import refuse_unreadable
 from patchscopes.engine.rows import Row
 from patchscopes.engine.run import Run, run
 from patchscopes.engine.speech import Decoding
 from patchscopes.engine.walk_gradients import LogitMetric, WalkGradients, walk_gradients
 from patchscopes.model.checked import checked
+from patchscopes.model.placing import placed
 from patchscopes.model.tokens import Tokens, decoder_prompt, of_ids, show_ids, tokenize
 
 Prompt = str | Tokens
@@ -374,71 +374,7 @@ class Model:
 
     def placed(self, edits: Sequence[Edit], batch: Sequence[Tokens]) -> list[Placed]:
         """The edits, each for one prompt and one site, with positions resolved. Everything wrong with them is said here."""
-        if isinstance(edits, Edit) or not all(isinstance(edit, Edit) for edit in edits):
-            raise InputError("edits is a list of Edit; knock_out and freeze give lists themselves: edits=[one, *knock_out(…)]")
-        return [
-            Placed(
-                site,
-                p,
-                _positions(edit.position, batch[p]),
-                self._edit_value(edit, site, batch[p]),
-                edit.write,
-                edit.amount,
-                _positions(edit.keys, batch[p]),
-                edit.steps,
-                edit.coordinates,
-                edit.features,
-            )
-            for edit in edits
-            for site in resolve_sites(edit.site, self.n_layers)
-            for p in self._prompts_of(edit, batch)
-        ]
-
-    def _edit_value(self, edit: Edit, site: Site, tokens: Tokens) -> Tensor | None:
-        shape = shape_of(self.engine, site)
-        value = edit.value
-        if site.name not in (*EDGES, "state"):
-            _check_features(edit, site, shape[-1])
-        if value is None:
-            return None
-        fits = value.dtype == self.dtype or (value.is_floating_point() and value.dtype == dtype_of(self.engine, site))
-        if not fits or value.device not in self.engine.devices:
-            raise VectorError(
-                f"the edit at {site} has a value in {_kind(value.dtype, value.device)}, but {self.name} computes in "
-                f"{_kind(self.dtype, self.device)}. Convert it: value.to(model.device, model.dtype)"
-            )
-        require_finite(value, f"the edit at {site}")
-        if edit.coordinates is not None or edit.features is not None or site.name == "state":
-            return value
-        if site.name in EDGES:
-            n = [len(p) if (p := _positions(where, tokens)) is not None else len(tokens) for where in (edit.position, edit.keys)]
-            expected = tuple(n) if site.head is not None else (*shape[:-2], *n)
-        else:
-            n_positions = len(p) if (p := _positions(edit.position, tokens)) is not None else len(tokens)
-            expected = (n_positions, *shape)
-        streams = self.engine.streams if site.name == "resid" else ()
-        each = (expected[0], *streams, *shape) if streams else ()
-        if streams and value.shape == (*streams, *shape) == expected and expected[0] > 1:
-            raise VectorError(
-                f"the edit at {site} has a value of shape {tuple(value.shape)}, one for each stream or one for each position; "
-                f"give it as (1, {', '.join(map(str, value.shape))}) or as {each}"
-            )
-        if not _broadcasts(value.shape, expected) and not (
-            streams and value.ndim >= 1 + len(shape) and _broadcasts(value.shape, each)
-        ):
-            raise VectorError(
-                f"the edit at {site} has a value of shape {tuple(value.shape)}; expected {shape} for all its positions, or {expected}"
-                if site.name not in EDGES
-                else f"the edit at {site} has a value of shape {tuple(value.shape)}; expected {expected} (…, query, key)"
-            )
-        return value
-
-    def _prompts_of(self, edit: Edit, batch: Sequence[Tokens]) -> Sequence[int]:
-        if edit.prompt is None:
-            return range(len(batch))
-        if not -len(batch) <= edit.prompt < len(batch):
-            raise PositionError(f"the edit names prompt {edit.prompt}, but there are {len(batch)} (counted from 0)")
-        return [edit.prompt % len(batch)]
+        return placed(self.engine, self.dtype, self.name, edits, batch)
 
     # ---------------------------------------------------------------------------------------------------- provenance
 
@@ -487,14 +423,6 @@ class Said:
     logits: Tensor
 
 
-def _positions(where: Positions, tokens: Tokens) -> tuple[int, ...] | None:
-    """From 0, each once (two names may mean one token: it is written once)."""
-    if where is None:
-        return None
-    asked = [where] if isinstance(where, (int, str, Span)) else list(where)
-    return tuple(dict.fromkeys(tokens.position(position) for position in asked))
-
-
 def _refuse_steps(edits: Sequence[Edit]) -> None:
     late = next((e for e in edits if isinstance(e, Edit) and isinstance(e.steps, tuple)), None)
     if late is not None:
@@ -502,33 +430,3 @@ def _refuse_steps(edits: Sequence[Edit]) -> None:
             f"{late} is made at generated tokens only, and a pass over a prompt generates none; "
             "use model.generate, or steps='prompt' and a position"
         )
-
-
-def _check_features(edit: Edit, site: Site, width: int) -> None:
-    """VectorError if coordinates, features or a value in them do not fit a site of this width. Of classes of one's own nothing is known."""
-    system = edit.coordinates
-    directions = {Subspace: "basis", Dictionary: "encoder"}.get(type(system))  # type: ignore[arg-type]
-    count = width
-    if directions is not None:
-        count, reads = getattr(system, directions).shape
-        if reads != width:
-            raise VectorError(
-                f"the coordinates of the edit at {site} are of values {reads} wide; what stands there is {width} wide"
-            )
-    elif system is not None and type(system) is not Whole:
-        return
-    wrong = [f for f in edit.features or () if not 0 <= f < count]
-    if wrong:
-        raise VectorError(f"the edit at {site} names feature {wrong[0]}; there are {count}, counted from 0")
-    allowed = [count] if edit.features is None else [len(edit.features), count]
-    given = allowed[0] if edit.value is None else edit.value.shape[-1] if edit.value.ndim else 0
-    if (system is not None or edit.features is not None) and given not in allowed:
-        raise VectorError(f"the edit at {site} has a value for {given} features; expected {' or '.join(map(str, allowed))}")
-
-
-def _kind(dtype: torch.dtype, device: torch.device) -> str:
-    return f"{str(dtype).removeprefix('torch.')} on {device}"
-
-
-def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
-    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False))
