@@ -85,6 +85,9 @@ class Engine:
         some = self.read(torch.zeros(1, 1, dtype=torch.long, device=self.device), range(self.n_layers + 1)).h
         one = some[0]
         self.packing = Packing()  # what rows may share: nothing, until it was measured (`check`)
+        self.one_base_pass: bool | None = (
+            None  # whether a prefix's cache is part of the whole prompt's (patch.Stem), once it is known
+        )
         self.store: Store | None = None  # base runs of targets, while they are remembered
         # what a residual carries in front of its batch (with `layout` undone): () but for Gemma-3n, DeepSeek-V4 and their like
         self.streams: tuple[int, ...] = tuple(one.shape[:-3])
@@ -166,7 +169,7 @@ class Engine:
         if cache is not None and self.anatomy.cache_name is not None:
             kwargs[self.anatomy.cache_name] = cache
         if keep is not None and self.anatomy.takes_keep:
-            kwargs["logits_to_keep"] = torch.tensor(list(keep), device=ids.device)
+            kwargs["logits_to_keep"] = torch.tensor(list(keep), dtype=torch.long, device=ids.device)
         logits = self.model(use_cache=cache is not None, **kwargs).logits
         if keep is not None and not self.anatomy.takes_keep:
             logits = logits[:, list(keep)]

@@ -22,6 +22,7 @@ small, CPU, 48 rows: a walk takes 1.01 of the time with copies where the prefix 
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -31,6 +32,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from patchscopes.core.edits import written
 from patchscopes.core.sites import Site
@@ -124,7 +126,7 @@ class Stem:
 
     @torch.no_grad()
     def prepare(self) -> Base:
-        """Run the prefix and the base, once. Of the base's logits nothing is wanted, so only one position is unembedded."""
+        """Run the prefix and the base, once. Of their logits nothing is wanted, so nothing is unembedded."""
         if self.base is not None:
             return self.base
         key, store = (self.targets, self.mask, self.start, self.shared, self.cached), self.engine.store
@@ -135,10 +137,15 @@ class Stem:
         engine, start = self.engine, self.start
         prefix = engine.new_cache() if self.cached else None
         device = self.targets.device
+        if start and len(self.targets) == 1 and self.mask is None and engine.one_base_pass is not False:
+            base = self._run_base_at_once()
+            engine.one_base_pass = base is not None
+            if base is not None:
+                return base
         if start:  # through the model's own attention: a long prefix would make large scores
             first = [self.prompt_of.index(k) for k in range(max(self.prompt_of) + 1)]
             mask, positions = self._real(first, 0, start)
-            engine.forward(self.targets[first, :start], cache=prefix, keep=[start - 1], mask=mask, positions=positions)
+            engine.forward(self.targets[first, :start], cache=prefix, keep=[], mask=mask, positions=positions)
         cache = None
         everyone = list(range(len(self.targets)))
         if prefix is not None:
@@ -151,11 +158,31 @@ class Stem:
                 self.layers,
                 offset=start,
                 cache=cache,
-                keep=[self.suffix - 1],
+                keep=[],
                 mask=mask,
                 positions=positions,
             )
         return Base(prefix, cache, reading)
+
+    def _run_base_at_once(self) -> Base | None:
+        """Prefix and base in one pass, which reads the weights once. Only where a prefix's cache is the first columns of the whole's:
+        None where a layer keeps anything but all keys and values, or hands them to later blocks."""
+        engine, start = self.engine, self.start
+        whole = engine.new_cache()
+        if whole is None:
+            return None
+        reading = engine.read(self.targets, self.layers, cache=whole, keep=[])
+        if any(type(layer) is not DynamicLayer for layer in whole.layers) or any(reading.shared.values()):
+            return None
+        prefix = engine.new_cache()
+        prefix.layers = [copy.copy(layer) for layer in whole.layers]
+        for layer in prefix.layers:
+            layer.keys, layer.values = layer.keys[:, :, :start], layer.values[:, :, :start]
+        seats = Seats([0], 1, self.targets.device)
+        cache = fork(prefix, [seats] * engine.n_layers, shared=self.shared, rows=0, room=self.suffix)
+        for own, layer in zip(cache.layers, whole.layers, strict=True):
+            own.update(layer.keys[:, :, start:], layer.values[:, :, start:])
+        return Base(prefix, cache, replace(reading, h={layer: h[..., start:, :] for layer, h in reading.h.items()}))
 
     def _real(self, targets: Sequence[int], start: int, stop: int) -> tuple[Tensor | None, Tensor | None]:
         """Attention mask up to column `stop` and positions of columns [start, stop) for rows of these targets; None without padding."""
