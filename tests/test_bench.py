@@ -114,7 +114,9 @@ def test_what_the_engine_runs_is_the_floor_and_little_more(s: Subject) -> None:
     (work,) = works(s, 4, 1)
     answer, flops = counted_flops(lambda: ours(s, work), s.hf)
     assert len(answer.rows) == 4
-    assert 1 <= flops / floor(measure(s.engine), work).flops.total <= 1.4  # the head of a tiny model is most of it
+    needed = floor(measure(s.engine), work)
+    # the floor unembeds the unpatched run once, as its baseline; a readout of patched rows alone does without it
+    assert 1 <= (flops + needed.base.head) / needed.flops.total <= 1.2
     with token_blocks(s.engine) as calls:
         ours(s, work)
     assert sum(calls) == 2 * 7 + (2 + 1) * 2 * 2 + 3 * 4 * 2
