@@ -137,7 +137,8 @@ class Stem:
         engine, start = self.engine, self.start
         prefix = engine.new_cache() if self.cached else None
         device = self.targets.device
-        if start and len(self.targets) == 1 and self.mask is None and engine.one_base_pass is not False:
+        alone = len(self.targets) == 1 and self.mask is None and engine.given is None
+        if start and alone and engine.one_base_pass is not False:
             base = self._run_base_at_once()
             engine.one_base_pass = base is not None
             if base is not None:
