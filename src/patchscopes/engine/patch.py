@@ -37,7 +37,7 @@ from transformers.cache_utils import DynamicLayer
 from patchscopes.core.edits import written
 from patchscopes.core.sites import Site
 from patchscopes.engine.attention import switched
-from patchscopes.engine.caches import fork, splice
+from patchscopes.engine.caches import fork, of_blocks, splice
 from patchscopes.engine.edits import Frame
 from patchscopes.engine.engine import Engine, Reading, SharedKV
 from patchscopes.engine.hooks import Change, Handle, hooked, on_output
@@ -261,7 +261,9 @@ class Stem:
             """A readout goes on from no cache: only one block's keys and values of rows live at a time."""
 
             def drop(_x: Tensor) -> None:
-                cache.layers[block] = base.prefix.layers[block]
+                for k, owner in enumerate(of_blocks(list(range(engine.n_layers)), len(cache.layers))):
+                    if owner == block:
+                        cache.layers[k] = base.prefix.layers[k]
 
             return on_output(engine.blocks[block], drop)
 
