@@ -323,12 +323,16 @@ def tiny(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> n
     """A random model of `family`, in evaluation mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        hf = AutoModelForCausalLM.from_config(copy.deepcopy((CONFIGS | REFUSED)[family])).to(dtype)
-        for parameter in hf.parameters():
-            if parameter.ndim >= 2:
-                parameter.data.normal_(0, STD)
-            else:  # biases and norms away from 0 and 1, where leaving them out would not show
-                parameter.data += 0.1 * torch.randn_like(parameter)
+        return randomised(AutoModelForCausalLM.from_config(copy.deepcopy((CONFIGS | REFUSED)[family])).to(dtype))
+
+
+def randomised(hf: nn.Module) -> nn.Module:
+    """`hf` with weights drawn anew, in evaluation mode."""
+    for parameter in hf.parameters():
+        if parameter.ndim >= 2:
+            parameter.data.normal_(0, STD)
+        else:  # biases and norms away from 0 and 1, where leaving them out would not show
+            parameter.data += 0.1 * torch.randn_like(parameter)
     return hf.eval().requires_grad_(False)
 
 

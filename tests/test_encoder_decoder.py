@@ -9,7 +9,7 @@ from itertools import combinations
 import pytest
 import torch
 import transformers
-from families import STD, VOCAB, tiny_tokenizer
+from families import VOCAB, randomised, tiny_tokenizer
 from oracle import CLOSE, error
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM
@@ -76,13 +76,7 @@ WRITERS = {
 def tiny(family: str) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        hf = AutoModelForSeq2SeqLM.from_config(CONFIGS[family])
-        for parameter in hf.parameters():
-            if parameter.ndim >= 2:
-                parameter.data.normal_(0, STD)
-            else:
-                parameter.data += 0.1 * torch.randn_like(parameter)
-    return hf.eval().requires_grad_(False)
+        return randomised(AutoModelForSeq2SeqLM.from_config(CONFIGS[family]))
 
 
 @cache

@@ -285,3 +285,18 @@ def test_rows_may_have_any_edits_beside_their_patch(family: str, at_most: int) -
         assert len(found[k]) == len(tokens)
         assert float(found[k][0]) == pytest.approx(float(logits.log_softmax(-1)[tokens[0]]), abs=1e-3)
         assert float(found[k].exp().min()) > 1 / 97 - 1e-3  # each was the likeliest under the same edits
+
+
+def test_attention_given_beyond_a_window_is_given_in_plans_too() -> None:
+    """A cache drops keys behind a sliding window; an edit that attends to them needs full passes."""
+    model, ids = loaded("gemma2"), prompt(LENGTH, seed=5)  # longer than the window of 6
+    tokens = model.tokens(ids)
+    placed = model.placed([Edit("pattern.*", -1, torch.full((1, 1), 0.5), keys=[0])], [tokens])
+    row = replace(row_of(some_patches([3], LENGTH - 2)[0]), more=tuple(placed))
+    own = Placed(row.site, 0, (row.position,), row.value, "replace")
+    (want,) = continued(model.engine, [tokens.tensor], [own, *placed], Decoding(3), seeds=[0], cached=False, padding_exact=True)
+    (got,) = collect("gemma2", [Request(tuple(ids), row)], Decoding(3))
+    assert got.tokens == want[0] and error(got.logits, want[1]) <= CLOSE
+    case = Case(tuple(ids), row, want[0])
+    scored = dict(scores(model.engine, [case], route="stairs"))[0]
+    assert float(scored[0]) == pytest.approx(float(want[1].log_softmax(-1)[want[0][0]]), abs=1e-3)

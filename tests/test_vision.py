@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 import torch
 import transformers
-from families import _LLAMA_LIKE, _SHARED_KV, DEPTH, STD, WIDTH, tiny_tokenizer
+from families import _LLAMA_LIKE, _SHARED_KV, DEPTH, WIDTH, randomised, tiny_tokenizer
 from oracle import CLOSE, error
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
@@ -111,13 +111,7 @@ def inputs(family: str) -> dict[str, Tensor]:
 def tiny(family: str) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        hf = AutoModelForImageTextToText.from_config(CONFIGS[family])
-        for parameter in hf.parameters():
-            if parameter.ndim >= 2:
-                parameter.data.normal_(0, STD)
-            else:
-                parameter.data += 0.1 * torch.randn_like(parameter)
-    return hf.eval().requires_grad_(False)
+        return randomised(AutoModelForImageTextToText.from_config(CONFIGS[family]))
 
 
 @cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 import os
 import platform
 from dataclasses import asdict, dataclass
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from patchscopes.core.plain import plain
 
 FORMAT = 1  # of the JSON document
 PACKAGES = ("patchscopes", "torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -98,15 +99,7 @@ def document(
         "contestants": scores,
         "floor": floors,
     }
-    return _plain(found)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return plain(found)
 
 
 def _cpu_name() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +11,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.text import Text
+
+from patchscopes.core.plain import plain
 
 WIDE = 150  # columns of a table where no terminal says how many there are
 
@@ -49,15 +50,7 @@ def say_error(message: str) -> None:
 def print_json(document: Any) -> None:
     """One JSON document on stdout. What is no number (NaN, infinity) is null."""
     ascii_only = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
-    print(json.dumps(_plain(document), ensure_ascii=ascii_only, allow_nan=False, indent=1))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(json.dumps(plain(document), ensure_ascii=ascii_only, allow_nan=False, indent=1))
 
 
 def amount(n_bytes: float) -> str:

@@ -13,8 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from patchscopes.core.sites import EDGES
-from patchscopes.engine.edits import Frame, Placed, lengthened
+from patchscopes.engine.edits import Frame, Placed, beyond_windows, lengthened
 from patchscopes.engine.engine import Engine
 from patchscopes.engine.hooks import hooked
 from patchscopes.engine.run import Batch, batched, own, run
@@ -56,7 +55,7 @@ def continued(
             for i, p in enumerate(prompts)
         ]
     cached = cached and not any(e.site.name == "state" for e in edits)  # states are written between tokens: see `run`
-    cached = cached and not _beyond_windows(engine, edits)
+    cached = cached and not beyond_windows(engine, edits)
     step = _cached(engine, batched(prompts, engine.device), edits) if cached else _anew(engine, prompts, edits)
     who = list(range(len(prompts)))
     first = step(who, None)
@@ -69,12 +68,6 @@ def continued(
         else:
             speech.hear(step(speech.who, speech.last()))
     return [(texts[i], first[i]) for i in who]
-
-
-def _beyond_windows(engine: Engine, edits: Sequence[Placed]) -> bool:
-    """Whether attention is given to keys that a cache may have dropped: those behind a sliding window are there only in a full pass."""
-    given = any(e.site.name in EDGES and e.write in ("replace", "add", "add_matched", "interpolate") for e in edits)
-    return given and any(getattr(layer, "is_sliding", False) for layer in getattr(engine.new_cache(), "layers", ()))
 
 
 Step = Callable[[list[int], Tensor | None], Tensor]  # (prompts that go on, the token that each said last): logits after it

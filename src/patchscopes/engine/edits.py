@@ -9,8 +9,9 @@ later pass, at the same absolute positions: the same as if the text were run ane
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -20,6 +21,9 @@ from patchscopes.core.coordinates import Coordinates
 from patchscopes.core.edits import Steps, Write, written
 from patchscopes.core.errors import InputError, VectorError
 from patchscopes.core.sites import EDGES, Site
+
+if TYPE_CHECKING:
+    from patchscopes.engine.engine import Engine
 
 OF_KEYS = ("k", "v")  # sites whose columns are keys, not queries
 
@@ -243,3 +247,9 @@ def lengthened(edit: Placed, prompt: int, said: int) -> Placed | None:
     if edit.steps == "always":
         positions += tuple(range(prompt, prompt + said))
     return replace(edit, positions=positions, steps="prompt")
+
+
+def beyond_windows(engine: Engine, edits: Iterable[Placed]) -> bool:
+    """Whether attention is given to keys that a cache may have dropped: those behind a sliding window are there only in a full pass."""
+    given = any(e.site.name in EDGES and e.write in ("replace", "add", "add_matched", "interpolate") for e in edits)
+    return given and any(getattr(layer, "is_sliding", False) for layer in getattr(engine.new_cache(), "layers", ()))

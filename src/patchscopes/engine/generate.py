@@ -23,7 +23,7 @@ from patchscopes.core.errors import ResourceError
 from patchscopes.engine.caches import FEW, row_bytes
 from patchscopes.engine.costs import activation_bytes, pass_cost
 from patchscopes.engine.decode import Batch
-from patchscopes.engine.edits import lengthened
+from patchscopes.engine.edits import beyond_windows, lengthened
 from patchscopes.engine.engine import Engine
 from patchscopes.engine.memory import Room, Tell, free_bytes, is_out_of_memory
 from patchscopes.engine.packing import Pack, pack
@@ -90,6 +90,8 @@ def stream(
 
     ResourceError if a single row does not fit.
     """
+    if beyond_windows(engine, (edit for request in requests for edit in request.row.more)):
+        route = "hooks"
     alike = _alike(requests, sampled=decoding.temperature > 0)
     firsts = list(alike)
     packs = pack(

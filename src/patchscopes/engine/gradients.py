@@ -215,12 +215,11 @@ def jvp(
         return Tangents(side_by_side([b.run for b in both], longest), side_by_side([b.moved for b in both], longest))
     batch = batched(prompts, engine.device)
     try:
-        with (
-            warnings.catch_warnings()
-        ):  # torch 2.13 compiles its rules for forward-mode by a function that it has deprecated itself
+        with warnings.catch_warnings():
+            # torch 2.13 compiles its rules for forward-mode by a function that it has deprecated itself
             warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=DeprecationWarning)
             values, moved = _forward_mode(engine, batch, site, tangent, sites)
-    except NotImplementedError:
+    except NotImplementedError:  # what torch raises where an operator has no forward-mode
         values, moved = _twice_backward(engine, batch, site, tangent, sites)
 
     def as_run(found: dict[Site | None, Tensor]) -> Run:

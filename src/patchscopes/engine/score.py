@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from patchscopes.engine.costs import activation_bytes, pass_cost
-from patchscopes.engine.edits import lengthened
+from patchscopes.engine.edits import beyond_windows, lengthened
 from patchscopes.engine.engine import Engine
 from patchscopes.engine.memory import Room, Tell, is_out_of_memory
 from patchscopes.engine.packing import Wish, pack
@@ -50,6 +50,8 @@ def scores(
 ) -> Iterator[tuple[int, Float[Tensor, " step"]]]:
     """(number of the case, log p of each token of its text), as batches are done. ResourceError if a single case does not fit."""
     yield from ((k, torch.zeros(0)) for k, case in enumerate(cases) if not len(case.text))
+    if beyond_windows(engine, (edit for case in cases for edit in case.row.more)):
+        route = "hooks"
     todo = [k for k, case in enumerate(cases) if len(case.text)]
     wishes: list[Wish] = [wish_of(cases[k].target, cases[k].row, engine.n_layers) for k in todo]
     ragged = engine.packing.ragged and route == "stairs"
