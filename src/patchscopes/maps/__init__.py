@@ -2,7 +2,7 @@
 
 from patchscopes.maps.affine import Affine
 from patchscopes.maps.identity import Identity
-from patchscopes.maps.map import Map
+from patchscopes.maps.map import Map, digest_of
 from patchscopes.maps.scale import Scale
 
-__all__ = ["Affine", "Identity", "Map", "Scale"]
+__all__ = ["Affine", "Identity", "Map", "Scale", "digest_of"]
