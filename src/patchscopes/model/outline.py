@@ -40,9 +40,8 @@ class Outline(Model):
         config = given.config.get_text_config(decoder=True)
         names = ("max_position_embeddings", "n_positions", "max_seq_len")
         context = next((int(n) for name in names if (n := getattr(config, name, None))), None)
-        stand_in: Any = _Sketch(
-            config.num_hidden_layers, config.hidden_size, config.vocab_size, context, given.config, torch.device("meta")
-        )
+        meta = torch.device("meta")
+        stand_in: Any = _Sketch(config.num_hidden_layers, config.hidden_size, config.vocab_size, context, given.config, meta)
         self.engine = stand_in
         self.capabilities = Capabilities({name: Ability(True, 0.0, "assumed") for name in MEANING}, 0.0)
         self._given: dict[str, str] = {}
