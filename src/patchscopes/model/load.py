@@ -67,6 +67,14 @@ def load(
         if device is not None:
             unwrapped.to(device)
         return Model(unwrapped, tokenizer, name=getattr(unwrapped.config, "_name_or_path", "") or type(unwrapped).__name__)
+    loaded = {
+        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+        "device": None if device is None else str(device),
+        "device_map": device_map,
+        "quantization": quantization,
+        "attention": attention,
+        "trust_remote_code": trust_remote_code,
+    }
     name, bundled = str(model), organisms.bundled()
     folder = bundled.get(name, Path(name).expanduser())
     local = name in bundled or folder.exists() or name.startswith((".", "/", "~"))
@@ -95,7 +103,8 @@ def load(
         hf = hf.to(target)
     tokenizer = _load_tokenizer(where, base, name, {**hub, "trust_remote_code": trust_remote_code})
     hf.eval().requires_grad_(False)
-    return Model(hf, tokenizer, name=name, revision=None if local else _commit(where, base is not None, hub) or revision)
+    commit = None if local else _commit(where, base is not None, hub) or revision
+    return Model(hf, tokenizer, name=name, revision=commit, loaded=loaded)
 
 
 def require_device(device: str | torch.device) -> None:
