@@ -21,7 +21,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from patchscopes import bench as benchmark
 from patchscopes.bench.agreement import compare
 from patchscopes.bench.contestants import Local, hooks_in_one_batch, local, ours
-from patchscopes.bench.floor import BlockShape, Shape, active_weights, floor, measure, own_kv_bytes
+from patchscopes.bench.floor import floor, own_kv_bytes
 from patchscopes.bench.measure import counted_bytes, counted_flops, eager_attention, peak_bytes, token_blocks
 from patchscopes.bench.models import Subject, subject
 from patchscopes.bench.parts import Found, Settings, decoding_part, grids, memory_part, prefix_part, reads_part
@@ -33,6 +33,7 @@ from patchscopes.cli import app
 from patchscopes.cli import bench as command
 from patchscopes.core.errors import InputError, UnknownName
 from patchscopes.engine.engine import Engine
+from patchscopes.engine.shape import BlockShape, Shape, active_weights, measure
 
 CPU = torch.device("cpu")
 TINY = "gpt2:2x32"

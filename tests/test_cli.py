@@ -141,7 +141,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("args", "code", "words"), OPTIONS, ids=[" ".join(args) for args, _, _ in OPTIONS])
 def test_wrong_usage_is_told_before_anything_is_loaded(cli, monkeypatch, args, code, words):
-    monkeypatch.setattr("patchscopes.model.load", lambda *_args, **_options: pytest.fail("loaded"))
+    monkeypatch.setattr("patchscopes.model.loading", lambda *_args, **_options: pytest.fail("loaded"))
     result = cli(*args)
     assert (result.code, result.out) == (code, "")
     assert words in result.err

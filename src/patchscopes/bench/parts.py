@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from patchscopes.bench.contestants import Contestant, answer_of, local, plain_generate
-from patchscopes.bench.floor import Floor, Shape, floor, measure, own_kv_bytes
+from patchscopes.bench.floor import Floor, floor, own_kv_bytes
 from patchscopes.bench.measure import counted_bytes, counted_flops, peak_bytes, timed, token_blocks
 from patchscopes.bench.models import Subject
 from patchscopes.bench.report import Figure
@@ -29,6 +29,7 @@ from patchscopes.bench.work import Work, grid, stop_at
 from patchscopes.core.errors import InputError
 from patchscopes.core.sites import Site
 from patchscopes.engine.run import run
+from patchscopes.engine.shape import Shape, measure
 
 PARTS = ("grid", "stops", "prefix", "reads", "memory", "decoding")
 ON_GPU = ("decoding",)  # run on a CPU only if asked for by name

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from patchscopes.cli.files import make_folder, writing
 from patchscopes.cli.options import Device, Json, require_device
 from patchscopes.cli.terminal import Progress, data, print_json, progress, say
 from patchscopes.core.errors import InputError, UnknownName, nearest
+from patchscopes.core.files import make_folder, told
 
 if TYPE_CHECKING:
     from patchscopes.bench.report import Figure
@@ -171,7 +171,7 @@ def _model(m: dict[str, Any]) -> str:
 def _write(document: dict[str, Any], out: Path) -> None:
     import json
 
-    with writing(out):
+    with told(out):
         out.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from patchscopes.cli.files import make_folder, writing
 from patchscopes.cli.inspect import metric, title
 from patchscopes.cli.options import load_model
 from patchscopes.cli.terminal import data, progress
+from patchscopes.core.files import make_folder, told
 
 CAPITAL = "The capital of {x} is"
 MENTION, ENTITY = "We talked about France until late at night", "France"
@@ -64,7 +64,7 @@ def demo(
         everywhere = extract(CAPITAL, layer="all")(france, progress=report)
     grid = everywhere.grid(metric(everywhere))
     console.print(WordMap(grid))
-    with writing(out):
+    with told(out):
         paths = [heatmap(grid, out / "capital.png", title=title(everywhere))]
         paths += [
             readings.save(out / name) for name, readings in (("capital", by_layer), ("wales", wales), ("capital-map", everywhere))

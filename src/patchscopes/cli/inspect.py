@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from patchscopes.cli.files import make_folder, writing
 from patchscopes.cli.options import Device, Dtype, Json, ModelName, load_model
 from patchscopes.cli.terminal import data, print_json, progress, say
 from patchscopes.core.errors import InputError, PositionError
+from patchscopes.core.files import make_folder, told
 from patchscopes.core.layers import Layers, resolve_layers
 from patchscopes.core.names import SCOPES, SLOT, require_scope
 
@@ -164,7 +164,7 @@ def title(readings: Readings) -> str:
 def keep(readings: Readings, save: Path | None, figure: Path | None) -> None:
     """Write what was asked for, and say where."""
     if save is not None:
-        with writing(save):
+        with told(save):
             say(f"saved to {readings.save(save)}")
     if figure is None and save is not None and is_map(readings):
         figure = save / "heatmap.png"
@@ -172,7 +172,7 @@ def keep(readings: Readings, save: Path | None, figure: Path | None) -> None:
         from patchscopes.views.heatmap import heatmap
 
         grid = readings.grid(metric(readings))
-        with writing(figure):
+        with told(figure):
             say(f"drew {heatmap(grid, figure, title=title(readings))}")
 
 

@@ -39,6 +39,6 @@ def load_model(name: str, device: str | None = None, dtype: str | None = None) -
 
 def require_device(device: str) -> None:
     """InputError if torch knows no such kind of device, NotAvailableError if this machine has none."""
-    from patchscopes.model.load import require_device as require
+    from patchscopes.model.loading import require_device as require
 
     require(device)

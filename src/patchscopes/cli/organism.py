@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from patchscopes.cli.files import make_folder
 from patchscopes.cli.options import Device, Json, load_model, require_device
 from patchscopes.cli.terminal import data, duration, print_json, progress, say, talk
 from patchscopes.core.errors import InputError, UnknownName, nearest
+from patchscopes.core.files import make_folder
 
 if TYPE_CHECKING:
     from patchscopes.organisms.atlas.train import Progress

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,15 +44,6 @@ def load_map(path: str | Path) -> Affine:
             f"{str(path)!r} holds {shapes}; expected weight (d_target, d_source) and, if there is one, bias (d_target)"
         )
     return Affine(weight, bias, name=str(about.get("name", "affine")))
-
-
-def digest(map: Affine) -> str:
-    """A hash of its name and numbers: "sha256:…"."""
-    found = hashlib.sha256(map.name.encode())
-    for name, tensor in _tensors(map).items():
-        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        found.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return f"sha256:{found.hexdigest()}"
 
 
 def _tensors(map: Affine) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from patchscopes.core.edit_files import save_edits
 from patchscopes.core.errors import InputError, NotAvailableError, PromptError
+from patchscopes.core.files import make_folder
 from patchscopes.core.layers import Layers
 from patchscopes.core.names import SLOT
 from patchscopes.core.positions import Span
@@ -203,8 +204,7 @@ def _map(one: Map, folder: Path) -> str | Mapping[str, Any]:
 
 def _saved(folder: Path, kind: str, save: Any) -> str:
     """The path of a file that is named by its content, so that what is the same is there once."""
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f".{kind}.tmp"
+    draft = make_folder(folder) / f".{kind}.tmp"
     save(draft)
     path = folder / f"{kind}-{content(draft).removeprefix('sha256:')[:12]}.safetensors"
     draft.replace(path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from patchscopes.controls.vectors import seed_of
 from patchscopes.maps import Map
 
 
@@ -19,15 +18,6 @@ class Cell:
     target_layer: int
     map: int
     draw: int
-
-    @property
-    def key(self) -> tuple[int, ...]:
-        """What tells it apart."""
-        return (self.place, self.source_layer, self.target, self.target_layer, self.map, self.draw)
-
-    def seed(self, seed: int, what: str = "none") -> int:
-        """A seed of its own, whatever else runs."""
-        return seed_of(f"{seed} {what} {self.key}")
 
 
 def product(n_places: int, pairs: Sequence[tuple[int, int]], n_targets: int, maps: Sequence[Map], draws: int) -> list[Cell]:

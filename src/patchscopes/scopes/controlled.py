@@ -1,80 +1,53 @@
-"""The controls of a call: what else goes through the scope, and the evidence of its readings.
+"""The controls of a viewing: what else goes through the scope, and the evidence of its readings.
 
 For every reading the same scope also runs with nothing patched in, a random vector of the same norm, the vector of another source at
 the same layer, the layer's mean vector, and, unpatched, with the source's own words in the placeholder's place. Then its text is
 scored, teacher-forced, under its second look and under the control vectors (see `controls.evidence`).
 
-Other sources are the call's other prompts; when they are fewer than `N_OTHERS`, prompts of a built-in pool are added.
+Other sources are the viewing's other prompts; when they are fewer than `N_OTHERS`, prompts of a built-in pool are added.
 """
 
 from __future__ import annotations
 
-import random
+import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from patchscopes.controls.evidence import bits_over, p_value, verdict
 from patchscopes.controls.vectors import N_OTHERS, N_RANDOM, POOL, POOL_NAME, random_like, seed_of
-from patchscopes.engine.edits import Placed
-from patchscopes.engine.rows import Row
 from patchscopes.engine.score import Case, score, scores
-from patchscopes.maps import Map
-from patchscopes.model.model import Model
 from patchscopes.model.tokens import Tokens
 from patchscopes.scopes.cells import Cell
-from patchscopes.scopes.source import Looked, Place, look
-from patchscopes.scopes.target import Target
+from patchscopes.scopes.sight import Sight
+from patchscopes.scopes.source import Place
+
+if TYPE_CHECKING:
+    from patchscopes.scopes.viewing import Viewing
 
 CELLS_AT_ONCE = 256  # whose control vectors are held together
 
 
-@runtime_checkable
-class Scope(Protocol):
-    """What controls need to know of a scope."""
-
-    def row(self, layer: int, position: int, vector: Tensor | None, more: tuple[Placed, ...], target: int = 0) -> Row:
-        """A run in which a vector is written, under the scope's further edits."""
-        ...
-
-    @property
-    def seed(self) -> int:
-        """Of everything random."""
-        ...
-
-    @property
-    def second_look(self) -> str:
-        """The neutral text behind which sources are read again."""
-        ...
-
-
 class Controls:
-    """The vectors that stand in for those of one call, and their provenance."""
+    """What stands in for the vectors of a viewing, and its provenance."""
 
-    def __init__(
-        self,
-        origin: Model,
-        target_model: Model,
-        places: Sequence[Place],
-        prompts: Sequence[int],
-        layers: Sequence[int],
-        site: str,
-        looked: Looked,
-        targets: Sequence[Target],
-        maps: Sequence[Map],
-        scope: Scope,
-    ):
-        self.origin, self.target_model, self.targets, self.maps, self.scope = origin, target_model, targets, maps, scope
-        self.places, self.prompts, self.looked = places, prompts, looked
-        self.second = look(origin, places, layers, site, behind=scope.second_look)
+    def __init__(self, viewing: Viewing):
+        self.viewing, self.seed = viewing, viewing.scope.seed
+        origin, layers, site, behind = viewing.origin, viewing.layers, viewing.site, viewing.scope.second_look
+        self.second = Sight(origin, viewing.places, layers, site, behind)
         pool = [Place(-1 - k, text, tokens, len(tokens) - 1) for k, text in enumerate(POOL) for tokens in [origin.tokens(text)]]
-        fewest = min(len({q for q in range(len(places)) if places[q].text != place.text}) for place in places)
+        self.sources: dict[bool, _Ring] = {}  # by whether they are bare vectors
+        for bare in (False, True):
+            places = {k: place for k, place in enumerate(viewing.places) if (place.tokens is None) == bare}
+            self.sources[bare] = _Ring(self.seed, places)
+        fewest = min(len(ring) - 1 for ring in self.sources.values() if len(ring))
         self.pool = pool if fewest < N_OTHERS else []
-        self.pool_first = look(origin, self.pool, layers, site)
-        self.pool_second = look(origin, self.pool, layers, site, behind=scope.second_look)
-        self.others = [self._choose_others(p) for p in range(len(places))]
+        self.pool_ring = _Ring(self.seed, dict(enumerate(self.pool)))
+        self.pool_first = Sight(origin, self.pool, layers, site)
+        self.pool_second = Sight(origin, self.pool, layers, site, behind)
+        self._others: dict[tuple[str, bool], list[tuple[str, int]]] = {}
         self._filled: dict[tuple[int, int], Tokens | None] = {}
 
     def provenance(self) -> dict[str, Any]:
@@ -82,78 +55,124 @@ class Controls:
         return {
             "pool": POOL_NAME if self.pool else None,
             "pool_prompts": [place.text for place in self.pool],
-            "others_per_reading": [len(o) for o in self.others],
+            "others_per_reading": [len(self.others(p)) for p in range(len(self.viewing.places))],
             "random_per_reading": N_RANDOM,
-            "second_look": self.scope.second_look,
+            "second_look": self.viewing.scope.second_look,
         }
 
-    def _choose_others(self, p: int) -> list[tuple[str, int]]:
-        """("call", place) or ("pool", k) of the sources that place p is compared with: never its own prompt."""
-        rng = random.Random(seed_of(f"{self.scope.seed} others {p}"))
-        by_prompt: dict[str, list[int]] = {}
-        for q, place in enumerate(self.places):
-            if place.text != self.places[p].text and (place.tokens is None) == (self.places[p].tokens is None):
-                by_prompt.setdefault(place.text, []).append(q)
-        mine = [("call", rng.choice(qs)) for qs in by_prompt.values()]  # one place of each prompt: places of one prompt are alike
-        if len(mine) > N_OTHERS:
-            return rng.sample(mine, N_OTHERS)
-        spare = [("pool", k) for k in range(len(self.pool)) if self.pool[k].text != self.places[p].text]
-        return mine + rng.sample(spare, min(len(spare), N_OTHERS - len(mine)))
+    def need(self, places: set[int]) -> None:
+        """Read what the controls of these places need."""
+        others = {k for p in places for kind, k in self.others(p) if kind == "call"}
+        self.viewing.sight.need(places | others)
+        self.second.need(places | others)
+        self.pool_first.need(range(len(self.pool)))
+        self.pool_second.need(range(len(self.pool)))
+
+    def others(self, p: int) -> list[tuple[str, int]]:
+        """("call", place) or ("pool", k) of the sources that place p is compared with: never its own prompt. They are the same for all
+        places of a prompt, and hang on its text and theirs alone: a prompt that joins a sweep changes few of them."""
+        place = self.viewing.places[p]
+        key = (place.text, place.tokens is None)
+        if key not in self._others:
+            mine = [("call", k) for k in self.sources[key[1]].after(place.text, N_OTHERS)]
+            self._others[key] = mine + [("pool", k) for k in self.pool_ring.after(place.text, N_OTHERS - len(mine))]
+        return self._others[key]
+
+    def company(self, p: int) -> str:
+        """The others of place p, by their content."""
+        lists = {"call": self.viewing.places, "pool": self.pool}
+        return " ".join(lists[kind][k].digest for kind, k in self.others(p))
 
     def vector(self, which: tuple[str, int], layer: int, *, second: bool) -> Tensor | None:
-        """The first or second look at one of the others; None for a bare vector, which has no second."""
+        """The first or second look at one of the others; None for a bare vector, which has no second, and where it is not finite."""
         kind, k = which
         if kind == "pool":
-            return (self.pool_second if second else self.pool_first).vectors[k, layer]
-        return (self.second if second else self.looked).vectors.get((k, layer))
+            return (self.pool_second if second else self.pool_first).sound(k, layer)
+        return (self.second if second else self.viewing.sight).sound(k, layer)
 
     def filled(self, cell: Cell) -> Tokens | None:
         """The target prompt with the source's own words, up to and with the position read, in the placeholder's place."""
         key = (cell.target, cell.place)
         if key not in self._filled:
-            place = self.places[cell.place]
+            place = self.viewing.places[cell.place]
             words = place.tokens.upto(place.position) if place.tokens else ""
-            self._filled[key] = self.targets[cell.target].filled(words)
+            self._filled[key] = self.viewing.targets[cell.target].filled(words)
         return self._filled[key]
 
-    def runs(self, cell: Cell) -> Iterator[tuple[str, tuple, Tokens, int, Tensor | None]]:
-        """Every control run of a cell: (control, key, prompt, position, vector or None). Runs of equal key are one."""
-        target = self.targets[cell.target]
-        f, at = self.maps[cell.map], (cell.target, cell.target_layer, cell.map, cell.draw)
-        yield "nothing", ("nothing", cell.target, cell.draw), target.tokens, target.position, None
-        own = f(self.looked.vectors[cell.place, cell.source_layer])
-        key = f"{self.scope.seed} random {cell.key}"
-        yield "random", ("random", *cell.key), target.tokens, target.position, random_like(own[None], key)[0]
-        others = self.others[cell.place]
+    def kinds(self, cell: Cell) -> list[str]:
+        """The controls of a cell, if all that they need can be read."""
+        others = ["other", "mean"] if self.others(cell.place) else []
+        return ["nothing", "random", *others, *(["text"] if self.filled(cell) is not None else [])]
+
+    def runs(self, cell: Cell, own: Tensor) -> Iterator[tuple[str, str, Tokens, int, Tensor | None]]:
+        """Every control run of a cell with the vector `own`: (kind, key, prompt, position, vector or None). A key says all that a run
+        hangs on: runs of equal key are one, and draw from the same seed."""
+        viewing = self.viewing
+        target, f = viewing.targets[cell.target], viewing.maps[cell.map]
+        at = f"{cell.source_layer} {target.digest} {cell.target_layer} {viewing.map_digests[cell.map]} {cell.draw}"
+        yield "nothing", f"nothing {target.digest} {cell.draw}", target.tokens, target.position, None
+        key = f"random {viewing.identity(cell)}"
+        yield "random", key, target.tokens, target.position, random_like(own[None], f"{self.seed} {key}")[0]
+        others = [
+            (which, v)
+            for which in self.others(cell.place)
+            if (v := self.vector(which, cell.source_layer, second=False)) is not None
+        ]
         if others:
-            chosen = others[seed_of(f"{self.scope.seed} other {cell.key}") % len(others)]
-            vector = self.vector(chosen, cell.source_layer, second=False)
-            assert vector is not None
-            yield "other", ("other", chosen, cell.source_layer, *at), target.tokens, target.position, f(vector)
-            states = [self.vector(o, cell.source_layer, second=False) for o in others]
-            mean = torch.stack([s for s in states if s is not None]).mean(0)
-            yield "mean", ("mean", tuple(others), cell.source_layer, *at), target.tokens, target.position, f(mean)
+            (kind, k), vector = others[seed_of(f"{self.seed} other {viewing.identity(cell)}") % len(others)]
+            chosen = (self.pool if kind == "pool" else viewing.places)[k].digest
+            yield "other", f"other {chosen} {at}", target.tokens, target.position, f(vector)
+            mean = torch.stack([v for _, v in others]).mean(0)
+            yield "mean", f"mean {self.company(cell.place)} {at}", target.tokens, target.position, f(mean)
         words = self.filled(cell)
         if words is not None:
-            yield "text", ("text", words.ids, cell.draw), words, 0, None
+            yield "text", f"text {words.ids} {cell.draw}", words, 0, None
+
+
+class _Ring:
+    """One place of each prompt, in the order of hashes: who comes after a point of it hangs on content alone."""
+
+    def __init__(self, seed: int, places: Mapping[int, Place]):
+        self.seed = seed
+        texts: dict[str, list[int]] = {}
+        for k, place in places.items():
+            texts.setdefault(place.text, []).append(k)
+        self.texts = sorted((seed_of(f"{seed} ring {text}"), text) for text in texts)
+        # one place of each prompt: places of one prompt are alike
+        self.chosen = {text: min(ks, key=lambda k: seed_of(f"{seed} place {places[k].digest}")) for text, ks in texts.items()}
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def after(self, text: str, n: int) -> list[int]:
+        """Places of the `n` prompts that come after `text` on the ring, without its own; fewer if there are no more."""
+        start = bisect.bisect(self.texts, (seed_of(f"{self.seed} start {text}"), ""))
+        found: list[int] = []
+        for i in range(len(self.texts)):
+            other = self.texts[(start + i) % len(self.texts)][1]
+            if len(found) >= n:
+                break
+            if other != text:
+                found.append(self.chosen[other])
+        return found
 
 
 def evidence_of(
     world: Controls,
     cells: Sequence[Cell],
-    texts_of: Mapping[tuple[int, ...], Sequence[int]],
+    texts_of: Mapping[Cell, Sequence[int]],
     progress: Callable[[int, int, str], None],
-) -> dict[tuple[int, ...], dict[str, Any]]:
-    """The evidence columns of every cell, by its key. `texts_of`: the tokens that each reading said."""
-    found: dict[tuple[int, ...], dict[str, Any]] = {}
+) -> dict[Cell, dict[str, Any]]:
+    """The evidence columns of every cell. `texts_of`: the tokens that each reading said."""
+    found: dict[Cell, dict[str, Any]] = {}
     done = 0
-    for t in range(len(world.targets)):
+    for t in range(len(world.viewing.targets)):
         mine = [cell for cell in cells if cell.target == t]
         for chunk in (mine[i : i + CELLS_AT_ONCE] for i in range(0, len(mine), CELLS_AT_ONCE)):
             vectors = _under_vectors(world, chunk, texts_of)
             words = _under_words(world, chunk, texts_of)
             for cell in chunk:
-                found[cell.key] = _columns(vectors.get(cell.key), words.get(cell.key))
+                found[cell] = _columns(vectors.get(cell), words.get(cell))
             done += len(chunk)
             progress(done, len(cells), "weighing evidence")
     return found
@@ -177,48 +196,48 @@ def _columns(scores: dict[str, list[float]] | None, words: float | None) -> dict
 
 
 def _under_vectors(
-    world: Controls, cells: Sequence[Cell], texts_of: Mapping[tuple[int, ...], Sequence[int]]
-) -> dict[tuple[int, ...], dict[str, list[float]]]:
+    world: Controls, cells: Sequence[Cell], texts_of: Mapping[Cell, Sequence[int]]
+) -> dict[Cell, dict[str, list[float]]]:
     """log p (nats) of each reading's text under its second look ("own") and under every control vector."""
-    model, target = world.target_model, world.targets[cells[0].target]
+    viewing = world.viewing
+    model, target, scope = viewing.target_model, viewing.targets[cells[0].target], viewing.scope
     rows, owners, texts = [], [], []
     for cell in cells:
-        second = world.second.vectors.get((cell.place, cell.source_layer))
+        second = world.second.sound(cell.place, cell.source_layer)
         if second is None:
             continue
-        f = world.maps[cell.map]
+        f = viewing.maps[cell.map]
         own = f(second)
-        states = [world.vector(o, cell.source_layer, second=True) for o in world.others[cell.place]]
-        random_ = random_like(own.expand(N_RANDOM, -1), f"{world.scope.seed} scored {cell.key}")
+        states = [world.vector(o, cell.source_layer, second=True) for o in world.others(cell.place)]
+        random_ = random_like(own.expand(N_RANDOM, -1), f"{scope.seed} scored {viewing.identity(cell)}")
         kinds: list[tuple[str, Tensor | None]] = [("own", own), ("nothing", None)]
         kinds += [("random", v) for v in random_] + [("others", f(s)) for s in states if s is not None]
         for kind, vector in kinds:
             place = target.position if vector is not None else len(target.tokens) - 1
-            rows.append(world.scope.row(cell.target_layer, place, vector, target.more, target=len(texts)))
-            owners.append((cell.key, kind))
-        texts.append(texts_of[cell.key])
-    found: dict[tuple[int, ...], dict[str, list[float]]] = {}
+            rows.append(scope.row(cell.target_layer, place, vector, target.more, target=len(texts)))
+            owners.append((cell, kind))
+        texts.append(texts_of[cell])
+    found: dict[Cell, dict[str, list[float]]] = {}
     if rows:
         ids = target.tokens.tensor.to(model.device)
-        for (key, kind), log_p in zip(
+        for (cell, kind), log_p in zip(
             owners, score(model.engine, ids, rows, texts, route=model.capabilities.readout_route), strict=True
         ):
-            found.setdefault(key, {}).setdefault(kind, []).append(float(log_p.double().sum()))
+            found.setdefault(cell, {}).setdefault(kind, []).append(float(log_p.double().sum()))
     return found
 
 
-def _under_words(
-    world: Controls, cells: Sequence[Cell], texts_of: Mapping[tuple[int, ...], Sequence[int]]
-) -> dict[tuple[int, ...], float]:
+def _under_words(world: Controls, cells: Sequence[Cell], texts_of: Mapping[Cell, Sequence[int]]) -> dict[Cell, float]:
     """log p (nats) of each reading's text after the source's own words, nothing patched."""
-    model = world.target_model
-    cases: dict[tuple[int, ...], Case] = {}
+    viewing = world.viewing
+    model = viewing.target_model
+    cases: dict[Cell, Case] = {}
     for cell in cells:
-        words, text = world.filled(cell), texts_of[cell.key]
+        words, text = world.filled(cell), texts_of[cell]
         # where the words leave no room for the text there is no such evidence
         if words is not None and (model.context is None or len(words) + len(text) <= model.context):
-            row = world.scope.row(0, len(words) - 1, None, world.targets[cell.target].edited(words))
-            cases[cell.key] = Case(words.ids, row, text)
+            row = viewing.scope.row(0, len(words) - 1, None, viewing.targets[cell.target].edited(words))
+            cases[cell] = Case(words.ids, row, text)
     found = scores(model.engine, list(cases.values()), route=model.capabilities.readout_route)
     keys = list(cases)
     return {keys[k]: float(log_p.double().sum()) for k, log_p in found}

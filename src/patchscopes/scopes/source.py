@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchscopes.core.errors import InputError, PromptError, VectorError
+from patchscopes.core.errors import InputError, PromptError
 from patchscopes.core.layers import Layers, resolve_layers
 from patchscopes.core.sites import SCOPED, Site, resolve_sites
 from patchscopes.model.model import Model, Prompt
@@ -85,6 +87,16 @@ class Place:
     position: int
     vector: Tensor | None = None
 
+    @cached_property
+    def digest(self) -> str:
+        """A hash of what is read: token ids and position, or the vector."""
+        if self.tokens is not None:
+            content = repr((self.tokens.ids, self.position)).encode()
+        else:
+            assert self.vector is not None
+            content = self.vector.detach().double().cpu().contiguous().numpy().tobytes()
+        return hashlib.blake2b(content, digest_size=8).hexdigest()
+
     @property
     def token(self) -> str:
         """The token that stands there, as it is shown."""
@@ -129,11 +141,6 @@ def look(model: Model, places: Sequence[Place], layers: Sequence[int], site: str
                 next_log_p[k] = run.logits[row, column].float().log_softmax(-1).cpu()
                 for layer, name in zip(layers, sites, strict=True):
                     vectors[k, layer] = run[name][..., row, column, :].clone()
-    for (k, layer), v in vectors.items():
-        if not torch.isfinite(v).all():
-            raise VectorError(
-                f"the state at layer {layer}, position {places[k].position} of {places[k].text!r} is not finite (NaN or infinity)"
-            )
     return Looked(vectors, next_log_p)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,12 @@ class Target:
     def more(self) -> tuple[Placed, ...]:
         """The scope's further edits, placed in this prompt."""
         return self.edited(self.tokens)
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of token ids, position and further edits."""
+        content = repr((self.tokens.ids, self.position, [edit.digest for edit in self.edits]))
+        return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
     def edited(self, tokens: Tokens) -> tuple[Placed, ...]:
         """The same in another prompt."""

@@ -15,7 +15,9 @@ from transformers.utils.hub import cached_file
 from patchscopes import organisms
 from patchscopes.core.errors import InputError, NotAvailableError, RefusedError, nearest
 from patchscopes.engine.refuse import refuse_unreadable, uncompiled
+from patchscopes.model.files import bundled_names, place_of
 from patchscopes.model.model import Model
+from patchscopes.model.outline import Outline
 
 
 def load(
@@ -75,18 +77,14 @@ def load(
         "attention": attention,
         "trust_remote_code": trust_remote_code,
     }
-    name, bundled = str(model), organisms.bundled()
-    folder = bundled.get(name, Path(name).expanduser())
-    local = name in bundled or folder.exists() or name.startswith((".", "/", "~"))
-    if local:
-        _require_model_files(folder, name)
-    where = str(folder) if local else name
+    name = str(model)
+    where, hub = place_of(name, revision)
+    local = not hub
     target = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
     if device is not None and device_map is not None:
         raise InputError(f"device={str(device)!r} and device_map={device_map!r} were both given; expected one of them")
     if dtype is None:
         dtype = torch.float32 if str(target).startswith("cpu") and device_map is None else "auto"
-    hub: dict[str, Any] = {} if local else {"revision": revision}
     options = {
         "dtype": dtype,
         "device_map": device_map,
@@ -107,6 +105,24 @@ def load(
     return Model(hf, tokenizer, name=name, revision=commit, loaded=loaded)
 
 
+def outline(name: str, *, revision: str | None = None, dtype: str = "auto", trust_remote_code: bool = False) -> Outline:
+    """The model without its weights, for planning: config and tokenizer only. Errors as for `load`."""
+    where, hub = place_of(name, revision)
+    base = _adapter_base(where, hub)
+    try:
+        config = AutoConfig.from_pretrained(base or where, **({} if base else hub), trust_remote_code=trust_remote_code)
+        wanted = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
+        with torch.device("meta"):
+            auto: Any = _auto_class(config)
+            hf = auto.from_config(config, dtype=wanted or torch.float32, trust_remote_code=trust_remote_code).eval()
+    except (OSError, ValueError) as e:
+        raise NotAvailableError(
+            f"no model {name!r}: {_first_line(e)} Expected a folder, a Hugging Face id, or {bundled_names()}"
+        ) from e
+    tokenizer = _load_tokenizer(where, base, name, {**hub, "trust_remote_code": trust_remote_code})
+    return Outline(hf, tokenizer, name=name, revision=revision)
+
+
 def require_device(device: str | torch.device) -> None:
     """InputError if torch knows no such kind of device, NotAvailableError if this machine has none."""
     try:
@@ -120,22 +136,6 @@ def require_device(device: str | torch.device) -> None:
     if here is None or here.type != wanted.type or (wanted.index or 0) >= count:
         found = "cpu" if here is None else ", ".join(["cpu", *(f"{here.type}:{i}" for i in range(count))])
         raise NotAvailableError(f"no device {str(device)!r} here; found {found}. See `patchscopes doctor`.")
-
-
-def _require_model_files(folder: Path, name: str) -> None:
-    if not folder.is_dir():
-        raise NotAvailableError(
-            f"no model at {name!r}: no such folder. Expected a folder with config.json and weights, a Hugging Face id, or {_bundled()}"
-        )
-    if not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
-        files = ", ".join(sorted(f.name for f in folder.iterdir())[:8]) or "nothing"
-        raise NotAvailableError(
-            f"no model in {name!r}: found {files}; expected config.json and weights in Hugging Face format (or adapter_config.json)"
-        )
-
-
-def _bundled() -> str:
-    return "a bundled model: " + (", ".join(organisms.bundled()) or "none in this installation")
 
 
 def _file(where: str, file: str, hub: dict[str, Any]) -> Path | None:
@@ -187,7 +187,7 @@ def _load_weights(where: str, name: str, options: dict[str, Any]) -> Any:
     except OSError as e:
         reason = _first_line(e)
         raise NotAvailableError(
-            f"no model {name!r}: {reason} Expected a folder, a Hugging Face id that is cached or can be downloaded, or {_bundled()}. "
+            f"no model {name!r}: {reason} Expected a folder, a Hugging Face id that is cached or can be downloaded, or {bundled_names()}. "
             + (nearest(name, organisms.bundled()) if organisms.bundled() else "")
         ) from e
     except (ValueError, ImportError, SafetensorError) as e:

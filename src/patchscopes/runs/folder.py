@@ -1,0 +1,335 @@
+"""A run folder: the record of a run. Every interface is a reader of it.
+
+    run.json                     schema_version, spec (resolved), status, counts, provenance, caveats; rewritten whole
+    plan.parquet                 a row a cell, with its stable id (see `plan`)
+    shards/part-SHARD.ATTEMPT-HASH.parquet     finished rows (see `ROWS`); HASH is that of the file's bytes
+    tensors/part-SHARD.ATTEMPT-HASH.safetensors    vectors and logits, if they were asked for
+    events.jsonl, events.d/      what happened (see `events`); detached workers write files of their own
+    inputs/                      vectors, maps and edits that the spec names
+    run.lock                     held by the process that works here
+
+Nothing in a run folder is ever changed but `run.json`: pieces are added. A piece whose bytes do not give its hash is damaged; it is
+left out, and its cells count as waiting. Of a cell that was tried again the last attempt counts.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import polars as pl
+
+from patchscopes.core.errors import InputError, NotAvailableError, RefusedError, UnknownName, nearest
+from patchscopes.core.files import content_hash, make_folder, told, write_json, write_whole
+from patchscopes.runs.events import Event, read_events
+from patchscopes.runs.lock import is_locked
+
+if TYPE_CHECKING:
+    from patchscopes.scopes import Readings
+
+SCHEMA_VERSION = 2  # 1 was what `Readings.save` writes: one table and its provenance
+Status = Literal["planned", "running", "stopped", "partial", "done", "failed"]
+
+COORDINATES: dict[str, Any] = {
+    "cell": pl.String,
+    "part": pl.String,
+    "model": pl.String,
+    "scope": pl.String,
+    "prompt": pl.Int64,
+    "position": pl.Int64,
+    "token": pl.String,
+    "source_layer": pl.Int64,
+    "target": pl.Int64,
+    "target_layer": pl.Int64,
+    "map": pl.String,
+    "control": pl.String,
+    "draw": pl.Int64,
+}
+PLAN: dict[str, Any] = {**COORDINATES, "shard": pl.Int32, "look": pl.Int32, "index": pl.Int64, "cost": pl.Float64}
+RESULTS: dict[str, Any] = {
+    "status": pl.String,
+    "error": pl.String,
+    "text": pl.String,
+    "n_tokens": pl.Int64,
+    "next_token": pl.String,
+    "next_token_id": pl.Int64,
+    "logprob": pl.Float64,
+    "surprisal": pl.Float64,
+    "norm_ratio": pl.Float64,
+    "bits_over_nothing": pl.Float64,
+    "bits_over_random": pl.Float64,
+    "bits_over_others": pl.Float64,
+    "bits_over_text": pl.Float64,
+    "p_value": pl.Float64,
+    "verdict": pl.String,
+    "top_ids": pl.List(pl.Int64),
+    "top_logprobs": pl.List(pl.Float64),
+    "attempt": pl.Int32,
+    "provenance": pl.Int32,
+}
+ROWS = {**COORDINATES, **RESULTS}
+PIECE = re.compile(r"part-(\d+)\.(\d+)-([0-9a-f]{16})\.parquet")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A file of finished rows: those of an attempt at a shard."""
+
+    path: Path
+    shard: int
+    attempt: int
+    hash: str
+
+    @classmethod
+    def at(cls, path: Path) -> Piece | None:
+        """The piece that a file's name tells of."""
+        match = PIECE.fullmatch(path.name)
+        return cls(path, int(match[1]), int(match[2]), match[3]) if match else None
+
+    def is_whole(self) -> bool:
+        """Whether the bytes are those that were written."""
+        return content_hash(self.path.read_bytes()) == self.hash
+
+
+class Run:
+    """A run folder, finished or not. Use `open_run`. Reads only; it sees what is there at the time (see `refresh`)."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.record: dict[str, Any] = _read_record(path)
+
+    def __repr__(self) -> str:
+        done = self.counts
+        return f"Run({self.id!r}: {self.name}, {self.status}, {done['ok']:,} of {self.cells:,} cells, {done['failed']:,} failed)"
+
+    @property
+    def id(self) -> str:
+        """Four or more hexadecimal digits, the end of the folder's name."""
+        return self.record["id"]
+
+    @property
+    def name(self) -> str:
+        """How the experiment is called."""
+        return self.record["name"]
+
+    @property
+    def status(self) -> Status:
+        """planned, running, stopped (also if its process was killed), partial (some cells failed), done."""
+        status = self.record["status"]
+        return "stopped" if status == "running" and not is_locked(self.path / "run.lock") else status
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The experiment, resolved: prompts inline, files in `inputs/`."""
+        return self.record["spec"]
+
+    @property
+    def provenance(self) -> list[dict[str, Any]]:
+        """What the rows hang on; the column `provenance` of the table counts it."""
+        return self.record["provenance"]
+
+    @property
+    def caveats(self) -> list[str]:
+        """What a reader must know."""
+        broken = [f"{piece.path.name} is damaged; its cells are computed again by `resume`" for piece in self.damaged]
+        return [*self.record["caveats"], *broken]
+
+    @property
+    def cells(self) -> int:
+        """Planned cells, controls among them."""
+        return self.record["cells"]
+
+    def refresh(self) -> Run:
+        """The same folder as it is now."""
+        return Run(self.path)
+
+    # ------------------------------------------------------------------------------------------------------- reading
+
+    @cached_property
+    def _pieces(self) -> tuple[list[Piece], list[Piece]]:
+        pieces = [piece for path in sorted((self.path / "shards").glob("*.parquet")) if (piece := Piece.at(path))]
+        whole = [piece.is_whole() for piece in pieces]
+        return [p for p, ok in zip(pieces, whole, strict=True) if ok], [p for p, ok in zip(pieces, whole, strict=True) if not ok]
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """Whole files of finished rows."""
+        return self._pieces[0]
+
+    @property
+    def damaged(self) -> list[Piece]:
+        """Files whose bytes are not those that were written."""
+        return self._pieces[1]
+
+    def scan(self) -> pl.LazyFrame:
+        """The finished rows, to be filtered before they are read: columns `ROWS`."""
+        if not self.pieces:
+            return pl.LazyFrame(schema=ROWS)
+        rows = pl.scan_parquet([piece.path for piece in self.pieces], glob=False)
+        if any(piece.attempt for piece in self.pieces):
+            rows = rows.sort("attempt", maintain_order=True).unique("cell", keep="last", maintain_order=True)
+        return rows
+
+    @cached_property
+    def plan(self) -> pl.DataFrame:
+        """A row a cell: columns `PLAN`."""
+        return pl.read_parquet(self.path / "plan.parquet")
+
+    def table(self, **where: Any) -> pl.DataFrame:
+        """Finished rows in the order of the plan, with their prompts and the labels of these. `where`: column=value or a list of values,
+        such as control="none", source_layer=[3, 4]."""
+        rows = self.scan()
+        for column, value in where.items():
+            if column not in ROWS:
+                raise UnknownName(f"unknown column {column!r}. {nearest(column, ROWS)}")
+            rows = rows.filter(pl.col(column).is_in(value if isinstance(value, (list, tuple, range)) else [value]))
+        found = rows.collect().sort(
+            "part", "model", "scope", "draw", "prompt", "position", "source_layer", "target", "target_layer"
+        )
+        prompts = self.prompts
+        return found.join(prompts, on=["part", "prompt"], how="left", maintain_order="left") if len(prompts) else found
+
+    @cached_property
+    def prompts(self) -> pl.DataFrame:
+        """part, prompt (its number), prompt_text, and the labels that came with it as columns."""
+        rows = [
+            {"part": part["name"], "prompt": k, "prompt_text": prompt["text"], **prompt.get("labels", {})}
+            for part in self.record["parts"]
+            for k, prompt in enumerate(part["prompts"])
+        ]
+        return pl.DataFrame(rows, schema_overrides={"prompt": pl.Int64}, infer_schema_length=None)
+
+    @property
+    def finished(self) -> pl.DataFrame:
+        """cell, status and attempt of every finished row."""
+        return self.scan().select("cell", "status", "attempt").collect()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Cells by what became of them: ok, failed, skipped (a control that cannot be), waiting."""
+        found = dict(self.finished.group_by("status").len().iter_rows())
+        counts = {status: found.get(status, 0) for status in ("ok", "failed", "skipped")}
+        return {**counts, "waiting": self.cells - sum(counts.values())}
+
+    def readings(self, part: str | None = None, *, model: str | None = None, scope: str | None = None) -> Readings:
+        """The finished readings of one part, model and scope, as a call of the scope gives them. Only one of each: no need to say which."""
+        from patchscopes.scopes import Readings
+        from patchscopes.scopes.readings import SCHEMA
+
+        chosen = {}
+        for name, value in (("part", part), ("model", model), ("scope", scope)):
+            known = list(dict.fromkeys(look[name] for look in self.record["looks"]))
+            if value is None and len(known) > 1:
+                raise InputError(f"this run has several {name}s; choose one of {', '.join(map(repr, known))}: {name}=…")
+            if value is not None and value not in known:
+                raise UnknownName(f"this run has no {name} {value!r}. {nearest(value, known)}")
+            chosen[name] = known[0] if value is None else value
+        look = next(look for look in self.record["looks"] if all(look[k] == v for k, v in chosen.items()))
+        rows = self.table(**chosen, status="ok").select(list(SCHEMA))
+        provenance = {**look["provenance"], **{f"run_{k}": v for k, v in (("id", self.id), ("folder", str(self.path)))}}
+        return Readings(rows.cast(pl.Schema(SCHEMA)), provenance)
+
+    def events(self) -> Iterator[Event]:
+        """What happened, in order; that of detached workers after the others."""
+        yield from read_events(self.path / "events.jsonl")
+        for path in sorted((self.path / "events.d").glob("*.jsonl")):
+            yield from read_events(path)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    file = path / "run.json"
+    if not file.exists():
+        raise NotAvailableError(f"no run in {str(path)!r}: expected run.json, as `patchscopes sweep` writes it")
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        version = record["schema_version"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise NotAvailableError(f"{str(file)!r} is no record of a run: {e or type(e).__name__}") from e
+    if version > SCHEMA_VERSION:
+        raise RefusedError(
+            f"{str(path)!r} was written by a newer version (schema {version}; this one reads up to {SCHEMA_VERSION}). Update patchscopes"
+        )
+    for step in range(version, SCHEMA_VERSION):
+        record = MIGRATIONS[step](record)
+    return record
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+
+def write_piece(folder: Path, shard: int, attempt: int, rows: pl.DataFrame) -> Piece:
+    """Add finished rows (columns `ROWS`). Whole or not at all."""
+    buffer = io.BytesIO()
+    rows.write_parquet(buffer, compression="zstd", statistics=True)
+    return put_piece(folder, shard, attempt, buffer.getvalue())
+
+
+def put_piece(folder: Path, shard: int, attempt: int, content: bytes, *, tensors: bool = False) -> Piece:
+    """The same with a file's bytes, as a worker sent them."""
+    digest = content_hash(content)
+    kind, suffix = ("tensors", "safetensors") if tensors else ("shards", "parquet")
+    path = folder / kind / f"part-{shard:05d}.{attempt}-{digest}.{suffix}"
+    make_folder(path.parent)
+    write_whole(path, content)
+    return Piece(path, shard, attempt, digest)
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Rewrite run.json."""
+    write_json(folder / "run.json", record)
+
+
+def set_aside(piece: Piece) -> Path:
+    """Move a damaged piece out of the way, kept for a look."""
+    away = make_folder(piece.path.parent / "damaged") / piece.path.name
+    with told(away):
+        piece.path.replace(away)
+    return away
+
+
+# ------------------------------------------------------------------------------------------------------------ finding
+
+
+def run_folders(root: Path) -> list[Path]:
+    """The run folders below `root`, the latest first."""
+    if not root.is_dir():
+        return []
+    found = [path.parent for path in root.glob("*/run.json")]
+    return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def find_run(which: str | Path, root: Path = Path("runs")) -> Path:
+    """The folder that a path, an id, the beginning of an id or a name means; with several runs of a name the latest."""
+    path = Path(which)
+    if (path / "run.json").exists() or (path / "readings.json").exists():
+        return path
+    if path.name == "run.json" and path.exists():
+        return path.parent
+    folders = run_folders(root)
+    by_id = [folder for folder in folders if folder.name.rpartition("_")[2].startswith(str(which))]
+    if len(by_id) > 1:
+        raise InputError(
+            f"{str(which)!r} begins the ids of {len(by_id)} runs: {', '.join(f.name for f in by_id[:5])}; give more of it"
+        )
+    by_name = [folder for folder in folders if folder.name == str(which) or folder.name.split("_")[1:-1] == str(which).split("_")]
+    if by_id or by_name:
+        return (by_id or by_name)[0]
+    known = [folder.name.rpartition("_")[2] for folder in folders]
+    hint = nearest(str(which), known) if known else f"there are no runs in {str(root)!r}"
+    raise NotAvailableError(f"no run {str(which)!r}: expected a run folder, or the id or name of a run in {str(root)!r}. {hint}")
+
+
+def open_run(which: str | Path, *, runs: str | Path = "runs") -> Run:
+    """Open a run, finished or not: by its folder, its id or the beginning of that, or its name. `runs`: where ids are looked for."""
+    return Run(find_run(which, Path(runs)))
+
+
+def columns(rows: Sequence[dict[str, Any]], schema: dict[str, Any]) -> pl.DataFrame:
+    """Rows as a table; what a row lacks is null, NaN stays NaN."""
+    return pl.DataFrame([{name: row.get(name) for name in schema} for row in rows], schema=schema)
