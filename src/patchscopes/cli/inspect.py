@@ -11,16 +11,14 @@ import typer
 
 from patchscopes.cli.options import Device, Dtype, Json, ModelName, load_model
 from patchscopes.cli.terminal import data, print_json, progress, say
-from patchscopes.core.errors import InputError, PositionError, UnknownName, nearest
+from patchscopes.core.errors import InputError, PositionError
 from patchscopes.core.files import make_folder, told
 from patchscopes.core.layers import Layers, resolve_layers
+from patchscopes.core.names import SCOPES, SLOT, require_scope
 
 if TYPE_CHECKING:
     from patchscopes.model import Tokens
     from patchscopes.scopes import Patchscope, Readings
-
-SCOPES = ("describe", "identity", "identity-bare", "logit-lens")
-SLOT = "{x}"
 
 
 def inspect(
@@ -71,7 +69,7 @@ def inspect(
     patchscopes inspect "Diana, Princess of Wales" --at Wales
     patchscopes inspect "We met in France" --scope "The capital of {x} is"
     """
-    require_scope(scope, target_layer, tokens)
+    require_options(scope, target_layer, tokens)
     if figure is not None:
         from patchscopes.views.heatmap import require_suffix
 
@@ -106,32 +104,18 @@ def inspect(
         show(readings)
 
 
-def require_scope(scope: str, target_layer: str | None, tokens: int | None) -> None:
+def require_options(scope: str, target_layer: str | None, tokens: int | None) -> None:
     """An error if `scope` is none, or takes no such options; before anything is loaded."""
-    if SLOT not in scope and scope not in SCOPES:
-        if " " in scope.strip():
-            raise PositionError(
-                f"the scope prompt {scope!r} has no {SLOT}; expected one where the state goes: 'The capital of {SLOT} is'"
-            )
-        raise UnknownName(
-            f"unknown scope {scope!r}. {nearest(scope, SCOPES)} Or give a prompt of your own with {SLOT} where the state goes."
-        )
+    require_scope(scope)
     if scope == "logit-lens" and not (target_layer is None and tokens is None):
         raise InputError("the logit lens writes at the last layer and says one token; expected no --target-layer and no --tokens")
 
 
 def build_scope(scope: str, target_layer: str | None, tokens: int | None) -> Patchscope:
     """The scope called so, or that of a prompt with a slot."""
-    from patchscopes import scopes
+    from patchscopes.scopes.named import named
 
-    if SLOT in scope:
-        built = scopes.extract(scope)
-    elif scope == "describe":
-        built = scopes.describe(stop=(",", "\n"))  # one entity's description, not the list going on
-    elif scope == "logit-lens":
-        built = scopes.logit_lens()
-    else:
-        built = scopes.identity(()) if scope == "identity-bare" else scopes.identity()
+    built = named(scope)
     if target_layer is not None:
         built = replace(built, layer=target_layer)
     return built if tokens is None else replace(built, max_new_tokens=tokens)

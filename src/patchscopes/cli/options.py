@@ -8,11 +8,10 @@ import typer
 
 from patchscopes.cli.terminal import waiting
 from patchscopes.core.errors import UnknownName, nearest
+from patchscopes.core.names import DTYPES
 
 if TYPE_CHECKING:
     from patchscopes.model import Model
-
-DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 
 ModelName = Annotated[str, typer.Option("--model", "-m", help="A bundled model, a folder, or a Hugging Face id.")]
 Device = Annotated[

@@ -69,6 +69,14 @@ def load(
         if device is not None:
             unwrapped.to(device)
         return Model(unwrapped, tokenizer, name=getattr(unwrapped.config, "_name_or_path", "") or type(unwrapped).__name__)
+    loaded = {
+        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+        "device": None if device is None else str(device),
+        "device_map": device_map,
+        "quantization": quantization,
+        "attention": attention,
+        "trust_remote_code": trust_remote_code,
+    }
     name = str(model)
     where, hub = place_of(name, revision)
     local = not hub
@@ -93,7 +101,8 @@ def load(
         hf = hf.to(target)
     tokenizer = _load_tokenizer(where, base, name, {**hub, "trust_remote_code": trust_remote_code})
     hf.eval().requires_grad_(False)
-    return Model(hf, tokenizer, name=name, revision=None if local else _commit(where, base is not None, hub) or revision)
+    commit = None if local else _commit(where, base is not None, hub) or revision
+    return Model(hf, tokenizer, name=name, revision=commit, loaded=loaded)
 
 
 def outline(name: str, *, revision: str | None = None, dtype: str = "auto", trust_remote_code: bool = False) -> Outline:

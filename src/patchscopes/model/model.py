@@ -46,10 +46,19 @@ HASHED_WHOLE = 2**30  # bytes; of a model with more only samples are hashed
 class Model:
     """A Hugging Face decoder with its tokenizer, engine and measured abilities. Use `patchscopes.load`."""
 
-    def __init__(self, hf: torch.nn.Module, tokenizer: Any, *, name: str, revision: str | None = None):
+    def __init__(
+        self,
+        hf: torch.nn.Module,
+        tokenizer: Any,
+        *,
+        name: str,
+        revision: str | None = None,
+        loaded: Mapping[str, Any] | None = None,
+    ):
         refuse_unreadable(hf)
         self.hf, self.tokenizer = hf, tokenizer
         self.name, self.revision = name, revision
+        self.loaded = loaded  # what `load` was given beside name and revision; None: the model itself, so nothing loads it again
         self.engine = Engine(hf)
         self.capabilities: Capabilities = checked(self.engine, self.dtype)
         for ability in ("own_pass", "hooks_seen"):

@@ -35,7 +35,7 @@ class Outline(Model):
     """A `Model` that cannot run."""
 
     def __init__(self, hf: torch.nn.Module, tokenizer: Any, *, name: str, revision: str | None = None):
-        self.hf, self.tokenizer, self.name, self.revision = hf, tokenizer, name, revision
+        self.hf, self.tokenizer, self.name, self.revision, self.loaded = hf, tokenizer, name, revision, None
         given: Any = hf
         config = given.config.get_text_config(decoder=True)
         names = ("max_position_embeddings", "n_positions", "max_seq_len")

@@ -9,12 +9,12 @@ from functools import cached_property
 
 from patchscopes.core.edits import Edit
 from patchscopes.core.errors import PositionError, PromptError
+from patchscopes.core.names import SLOT
 from patchscopes.engine.edits import Placed
 from patchscopes.model.model import Model, Prompt
 from patchscopes.model.tokens import Position, Tokens
 
 PLACEHOLDER = "x"
-SLOT = "{x}"
 
 
 @dataclass(frozen=True)
