@@ -74,7 +74,10 @@ RESULTS: dict[str, Any] = {
     "provenance": pl.Int32,
 }
 ROWS = {**COORDINATES, **RESULTS}
-PIECE = re.compile(r"part-(\d+)\.(\d+)-([0-9a-f]{16})\.parquet")
+PIECE = re.compile(r"part-(\d+)\.(\d+|merged)-([0-9a-f]{16})\.parquet")
+MERGED = -1  # the attempt of a piece that was put together of others
+MANY = 128  # pieces, from which on they are put together when a run is done
+TOGETHER, GROUP = 200_000, 20_000  # rows of such a piece, and of a group that can be skipped when one layer is read
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,9 @@ class Piece:
     def at(cls, path: Path) -> Piece | None:
         """The piece that a file's name tells of."""
         match = PIECE.fullmatch(path.name)
-        return cls(path, int(match[1]), int(match[2]), match[3]) if match else None
+        if match is None:
+            return None
+        return cls(path, int(match[1]), MERGED if match[2] == "merged" else int(match[2]), match[3])
 
     def is_whole(self) -> bool:
         """Whether the bytes are those that were written."""
@@ -172,7 +177,7 @@ class Run:
         if not self.pieces:
             return pl.LazyFrame(schema=ROWS)
         rows = pl.scan_parquet([piece.path for piece in self.pieces], glob=False)
-        if any(piece.attempt for piece in self.pieces):
+        if len({piece.attempt for piece in self.pieces}) > 1 or self.pieces[0].attempt > 0:  # rows may be there twice
             rows = rows.sort("attempt", maintain_order=True).unique("cell", keep="last", maintain_order=True)
         return rows
 
@@ -197,13 +202,8 @@ class Run:
 
     @cached_property
     def prompts(self) -> pl.DataFrame:
-        """part, prompt (its number), prompt_text, and the labels that came with it as columns."""
-        rows = [
-            {"part": part["name"], "prompt": k, "prompt_text": prompt["text"], **prompt.get("labels", {})}
-            for part in self.record["parts"]
-            for k, prompt in enumerate(part["prompts"])
-        ]
-        return pl.DataFrame(rows, schema_overrides={"prompt": pl.Int64}, infer_schema_length=None)
+        """part, model, prompt (its number), prompt_text, ids, and the labels that came with it as columns."""
+        return pl.read_parquet(self.path / "prompts.parquet")
 
     @property
     def finished(self) -> pl.DataFrame:
@@ -232,7 +232,9 @@ class Run:
             chosen[name] = known[0] if value is None else value
         look = next(look for look in self.record["looks"] if all(look[k] == v for k, v in chosen.items()))
         rows = self.table(**chosen, status="ok").select(list(SCHEMA))
-        provenance = {**look["provenance"], **{f"run_{k}": v for k, v in (("id", self.id), ("folder", str(self.path)))}}
+        places = rows.select("prompt_text", "position").unique(maintain_order=True)
+        sources = [{"text": text, "position": position} for text, position in places.iter_rows()]
+        provenance = {**look["provenance"], "sources": sources, "run": {"id": self.id, "folder": str(self.path)}}
         return Readings(rows.cast(pl.Schema(SCHEMA)), provenance)
 
     def events(self) -> Iterator[Event]:
@@ -266,7 +268,7 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 def write_piece(folder: Path, shard: int, attempt: int, rows: pl.DataFrame) -> Piece:
     """Add finished rows (columns `ROWS`). Whole or not at all."""
     buffer = io.BytesIO()
-    rows.write_parquet(buffer, compression="zstd", statistics=True)
+    rows.write_parquet(buffer, compression="zstd", statistics=True, row_group_size=GROUP)
     return put_piece(folder, shard, attempt, buffer.getvalue())
 
 
@@ -274,7 +276,7 @@ def put_piece(folder: Path, shard: int, attempt: int, content: bytes, *, tensors
     """The same with a file's bytes, as a worker sent them."""
     digest = content_hash(content)
     kind, suffix = ("tensors", "safetensors") if tensors else ("shards", "parquet")
-    path = folder / kind / f"part-{shard:05d}.{attempt}-{digest}.{suffix}"
+    path = folder / kind / f"part-{shard:05d}.{'merged' if attempt == MERGED else attempt}-{digest}.{suffix}"
     make_folder(path.parent)
     write_whole(path, content)
     return Piece(path, shard, attempt, digest)
@@ -283,6 +285,34 @@ def put_piece(folder: Path, shard: int, attempt: int, content: bytes, *, tensors
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Rewrite run.json."""
     write_json(folder / "run.json", record)
+
+
+def write_table(path: Path, table: pl.DataFrame) -> None:
+    """Write a table whole."""
+    buffer = io.BytesIO()
+    table.write_parquet(buffer, compression="zstd", statistics=True)
+    write_whole(path, buffer.getvalue())
+
+
+def compact(run: Run) -> None:
+    """Put many small pieces together, rows of a layer beside each other, so that opening is quick. Killed half-way, rows are there
+    twice for a while, which readers know."""
+    small = [piece for piece in run.pieces if piece.attempt != MERGED]
+    if len(small) < MANY:
+        return
+    group: list[Piece] = []
+    rows = 0
+    for piece in [*small, None]:
+        if piece is not None:
+            group.append(piece)
+            rows += pl.scan_parquet(piece.path, glob=False).select(pl.len()).collect().item()
+        if group and (piece is None or rows >= TOGETHER):
+            together = pl.scan_parquet([one.path for one in group], glob=False).collect()
+            together = together.sort("attempt", maintain_order=True).unique("cell", keep="last", maintain_order=True)
+            write_piece(run.path, group[0].shard, MERGED, together.sort("source_layer", "prompt", maintain_order=True))
+            for one in group:
+                one.path.unlink()
+            group, rows = [], 0
 
 
 def set_aside(piece: Piece) -> Path:

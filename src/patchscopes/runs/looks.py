@@ -32,12 +32,14 @@ SHOWN = 300  # characters of a reason, of which there may be many
 class Look:
     """Sources of one model that are looked at through one scope. They share model, site and layers, so `scope(sources)` takes them.
 
+    model, target_model   what the experiment calls M and M*
     labels   what is known of each prompt, in the order in which readings count prompts
     numbers  which of the part's prompts each is, from 0; those that were skipped are counted
     """
 
     part: str
     model: str
+    target_model: str
     scope_name: str
     sources: list[Source]
     scope: Patchscope
@@ -61,7 +63,8 @@ def looks(experiment: Experiment, models: Mapping[str, Model]) -> tuple[list[Loo
             sources, labels, numbers = _sources(part, _of(models, spec.key), caveats)
             for scope in part.scope:
                 built = _scope(scope, part, models, sources[0].model)
-                found.append(Look(part.name, spec.key, scope.called, sources, built, labels, numbers, part.controls))
+                target = spec.key if scope.model is None else scope.model.key
+                found.append(Look(part.name, spec.key, target, scope.called, sources, built, labels, numbers, part.controls))
     return found, list(dict.fromkeys(caveats))
 
 

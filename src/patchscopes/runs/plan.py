@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from patchscopes.engine.shape import Shape
 from patchscopes.runs.cost import Costs
 from patchscopes.runs.folder import PLAN
 from patchscopes.scopes.cells import Cell
@@ -30,17 +29,21 @@ NOMINAL = {"cpu": 5e10, "other": 1e14}  # FLOP a second
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """A look with its viewing, the keys of its models (M, M*), and what its cells cost."""
+    """A look with its viewing, and the keys of its models M and M* (see `conditions`)."""
 
     look: Look
     viewing: Viewing
     keys: tuple[str, str]
-    costs: Costs
 
     @property
     def heading(self) -> dict[str, str]:
         """What tells the rows of this look apart."""
         return {"part": self.look.part, "model": self.look.model, "scope": self.look.scope_name}
+
+    def coordinates(self, cell: Cell) -> dict[str, Any]:
+        """Where a cell stands in the run: the first columns of its table. Prompts are numbered as in the experiment."""
+        where = self.viewing.coordinates(cell)
+        return {**self.heading, **where, "prompt": self.look.numbers[where["prompt"]]}
 
     def cell_id(self, cell: Cell, kind: str) -> str:
         """16 hexadecimal digits."""
@@ -50,27 +53,28 @@ class Seen:
         return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
-def see(looks: Sequence[Look], keys: Mapping[int, str], shapes: Mapping[int, Shape]) -> list[Seen]:
-    """The looks as viewings. keys, shapes: of every model, by `id(model)`."""
-    seen = []
-    for look in looks:
-        viewing = Viewing(look.scope, look.sources, look.controls)
-        mine, other = id(viewing.origin), id(viewing.target_model)
-        seen.append(Seen(look, viewing, (keys[mine], keys[other]), Costs(viewing, shapes[mine], shapes[other])))
-    return seen
+def see(looks: Sequence[Look], keys: Mapping[str, str]) -> list[Seen]:
+    """The looks as viewings. keys: of every model, by what the experiment calls it."""
+    return [
+        Seen(look, Viewing(look.scope, look.sources, look.controls), (keys[look.model], keys[look.target_model]))
+        for look in looks
+    ]
 
 
-def plan(seen: Sequence[Seen], *, shard: int | None = None, device: str = "cpu") -> tuple[pl.DataFrame, list[str]]:
+def plan(
+    seen: Sequence[Seen], costs: Sequence[Costs], *, shard: int | None = None, device: str = "cpu"
+) -> tuple[pl.DataFrame, list[str]]:
     """The plan (columns `PLAN`), and what a reader must know of it. shard: readings in each; None: as many as run well together."""
     total = sum(len(one.viewing.cells) * len(one.viewing.kinds(one.viewing.cells[0])) for one in seen)
     speed = NOMINAL.get(device.partition(":")[0], NOMINAL["other"])
     columns: dict[str, list[Any]] = {name: [] for name in PLAN}
     ids: set[str] = set()
     twice = number = 0
-    for look, one in enumerate(seen):
+    for look, (one, cost) in enumerate(zip(seen, costs, strict=True)):
         cells = one.viewing.cells
-        own = sum(one.costs.of(cells[len(cells) // 2], kind) for kind in one.viewing.kinds(cells[0]))
-        size = shard or readings_a_shard(total, len(one.viewing.kinds(cells[0])), own / speed)
+        kinds = one.viewing.kinds(cells[0])
+        own = sum(cost.of(cells[len(cells) // 2], kind) for kind in kinds)
+        size = shard or readings_a_shard(total, len(kinds), own / speed)
         filled = 0
         for index, cell in enumerate(cells):
             rows = [(kind, one.cell_id(cell, kind)) for kind in one.viewing.kinds(cell)]
@@ -81,9 +85,9 @@ def plan(seen: Sequence[Seen], *, shard: int | None = None, device: str = "cpu")
             if filled == size:
                 number, filled = number + 1, 0
             filled += 1
-            where = {**one.heading, **one.viewing.coordinates(cell), "shard": number, "look": look, "index": index}
+            where = {**one.coordinates(cell), "shard": number, "look": look, "index": index}
             for kind, id_ in rows:
-                where.update(cell=id_, control=kind, cost=one.costs.of(cell, kind))
+                where.update(cell=id_, control=kind, cost=cost.of(cell, kind))
                 for name, column in columns.items():
                     column.append(where[name])
         number += bool(filled)

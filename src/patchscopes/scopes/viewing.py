@@ -291,7 +291,7 @@ class Viewing:
 
     def provenance(self) -> dict[str, Any]:
         """Models, prompts with token ids, settings, seeds, versions, time."""
-        scope, origin, target_model = self.scope, self.origin, self.target_model
+        origin, target_model = self.origin, self.target_model
         return {
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "source_model": origin.provenance(),
@@ -300,6 +300,13 @@ class Viewing:
                 {"text": p.text, "ids": list(p.tokens.ids) if p.tokens else None, "position": p.position, "site": self.site}
                 for p in self.places
             ],
+            **self.settings(),
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """The part of the provenance that is known before models are loaded: layers, scope, controls."""
+        scope = self.scope
+        return {
             "source_layers": self.layers,
             "scope": {
                 "name": scope.name,
