@@ -194,11 +194,9 @@ class Run:
             if column not in ROWS:
                 raise UnknownName(f"unknown column {column!r}. {nearest(column, ROWS)}")
             rows = rows.filter(pl.col(column).is_in(value if isinstance(value, (list, tuple, range)) else [value]))
-        found = rows.collect().sort(
-            "part", "model", "scope", "draw", "prompt", "position", "source_layer", "target", "target_layer"
-        )
-        prompts = self.prompts
-        return found.join(prompts, on=["part", "prompt"], how="left", maintain_order="left") if len(prompts) else found
+        order = ["part", "model", "scope", "prompt", "position", "source_layer", "target", "target_layer", "map", "draw"]
+        prompts = self.prompts.drop("ids")
+        return rows.collect().sort(order).join(prompts, on=["part", "model", "prompt"], how="left", maintain_order="left")
 
     @cached_property
     def prompts(self) -> pl.DataFrame:
