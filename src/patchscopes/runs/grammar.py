@@ -25,6 +25,21 @@ def listed(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
+def some(value: Any) -> Any:
+    """The same, of at least one."""
+    found = listed(value)
+    if not found:
+        raise InputError("found an empty list; expected at least one")
+    return found
+
+
+def ids(value: Any) -> Any:
+    """Token ids."""
+    if isinstance(value, (list, tuple)) and not value:
+        raise InputError("found an empty list; expected at least one token id")
+    return as_tuple(value)
+
+
 def as_tuple(value: Any) -> Any:
     """Lists and ranges as tuples, which is how a frozen table keeps them."""
     return tuple(value) if isinstance(value, (list, range)) else value
