@@ -361,3 +361,20 @@ def open_run(which: str | Path, *, runs: str | Path = "runs") -> Run:
 def columns(rows: Sequence[dict[str, Any]], schema: dict[str, Any]) -> pl.DataFrame:
     """Rows as a table; what a row lacks is null, NaN stays NaN."""
     return pl.DataFrame([{name: row.get(name) for name in schema} for row in rows], schema=schema)
+
+
+def as_parquet(rows: Sequence[dict[str, Any]]) -> bytes:
+    """Finished rows as a file: what workers send."""
+    buffer = io.BytesIO()
+    columns(rows, ROWS).write_parquet(buffer, compression="zstd", statistics=True)
+    return buffer.getvalue()
+
+
+def failed(error: str) -> dict[str, str]:
+    """What the row of a reading says that could not be made."""
+    return {"status": "failed", "error": error}
+
+
+def skipped(why: str = "its reading failed") -> dict[str, str]:
+    """What the row of a control says that there is not."""
+    return {"status": "skipped", "error": why}

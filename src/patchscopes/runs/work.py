@@ -6,7 +6,6 @@ back as the bytes of a Parquet file, the same wherever they were computed.
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import math
@@ -23,7 +22,7 @@ from safetensors.torch import save
 from patchscopes.core.errors import PatchscopesError, ResourceError
 from patchscopes.runs.conditions import Conditions, conditions, files_of, keys, load_spec, machine
 from patchscopes.runs.documents import absolute, each_path
-from patchscopes.runs.folder import ROWS, columns
+from patchscopes.runs.folder import as_parquet, failed, skipped
 from patchscopes.runs.looks import looks
 from patchscopes.runs.plan import Seen, see
 from patchscopes.runs.spec import Experiment, Outputs
@@ -109,11 +108,9 @@ class Worker:
         with _hearing(tell):
             outcomes = list(self._read(one, cells, _Share(report, bool(one.look.controls))))
         rows = [row for outcome in outcomes for row in _rows(one, outcome, task)]
-        buffer = io.BytesIO()
-        columns(rows, ROWS).write_parquet(buffer, compression="zstd", statistics=True)
         return Done(
             task,
-            buffer.getvalue(),
+            as_parquet(rows),
             self._tensors(one, outcomes),
             tuple(row["cell"] for row in rows),
             tuple((row["cell"], row["error"]) for row in rows if row["status"] == "failed"),
@@ -175,18 +172,13 @@ def _rows(one: Seen, outcome: Outcome, task: Task) -> Iterator[dict[str, Any]]:
     for kind in one.viewing.kinds(cell):
         head = {**where, "cell": one.cell_id(cell, kind), "control": kind}
         if outcome.error is not None:
-            failed = {"status": "failed", "error": str(outcome.error)} if kind == "none" else _skipped("its reading failed")
-            yield {**head, **failed}
+            yield {**head, **(failed(str(outcome.error)) if kind == "none" else skipped())}
         elif (row := found.get(kind)) is None:
-            yield {**head, **_skipped("no other source has a finite state here")}
+            yield {**head, **skipped("no other source has a finite state here")}
         elif math.isnan(row["logprob"]):
-            yield {**row, **head, "status": "failed", "error": "the logits of the patched run are not finite (NaN or infinity)"}
+            yield {**row, **head, **failed("the logits of the patched run are not finite (NaN or infinity)")}
         else:
             yield {**row, **head, "status": "ok", "error": None}
-
-
-def _skipped(why: str) -> dict[str, str]:
-    return {"status": "skipped", "error": why}
 
 
 def _is_lost(error: BaseException) -> bool:
