@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from patchscopes.core.errors import NotAvailableError, ResourceError
-from patchscopes.runs.work import Done, Worker
+from patchscopes.runs.tasks import Done
 
 
 class Fake:
@@ -43,15 +43,6 @@ class LosesItsDevice(Fake):
         if not mark.exists():
             mark.touch()
             raise ResourceError("the device is lost: a CUDA error")
-        return super().do(task, report, tell)
-
-
-class DiesReal(Worker):
-    """Reads, but for one shard."""
-
-    def do(self, task, report=lambda share, what: None, tell=lambda message: None):
-        if task.shard == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
         return super().do(task, report, tell)
 
 

@@ -21,7 +21,8 @@ from patchscopes.runs.folder import open_run
 from patchscopes.runs.here import Here
 from patchscopes.runs.processes import Processes
 from patchscopes.runs.recording import resume, sweep
-from patchscopes.runs.work import Job, Task, Worker
+from patchscopes.runs.tasks import Job, Task
+from patchscopes.runs.work import Worker
 
 EXPERIMENT = {
     "name": "countries",
@@ -240,7 +241,7 @@ SCRIPT = """
     import fake_workers
     from patchscopes.runs.executor import Stop, Ready
     from patchscopes.runs.processes import Processes
-    from patchscopes.runs.work import Job, Task
+    from patchscopes.runs.tasks import Job, Task
     {guard}
         executor = Processes(2, devices=["cpu"], threads=1)
         executor.make = fake_workers.slow

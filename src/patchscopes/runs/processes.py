@@ -15,14 +15,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from patchscopes.core.errors import InputError, ResourceError
 from patchscopes.runs.executor import DEATHS, Finished, Hear, Queue, Ready, Stop, Told
 from patchscopes.runs.remote import Failure, MakeWorker, cores, make_worker, report_to
-
-if TYPE_CHECKING:
-    from patchscopes.runs.work import Job, Task
+from patchscopes.runs.tasks import Job, Task
 
 EACH = 4  # cores for a worker on a CPU, if nothing was said
 POLL = 0.2  # seconds between two looks at `stop`

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from patchscopes.core.errors import PatchscopesError, ResourceError
 from patchscopes.runs.executor import Working
+from patchscopes.runs.tasks import EVERY, Job, Report, Task
 
 if TYPE_CHECKING:
-    from patchscopes.runs.work import Job, Report, Task, Worker
+    from patchscopes.runs.work import Worker
 
-MakeWorker = Callable[["Job", "str | None", "int | None"], "Worker"]
+MakeWorker = Callable[[Job, str | None, int | None], "Worker"]
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,6 @@ def make_worker(job: Job, device: str | None, threads: int | None) -> Worker:
 
 def report_to(hear: Callable[[Working], Any], worker: str, task: Task, check: Callable[[], None] = lambda: None) -> Report:
     """Tells of progress now and then. What `check` raises ends the task."""
-    from patchscopes.runs.work import EVERY
-
     last = time.monotonic()
 
     def report(share: float, what: str) -> None:
