@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from patchscopes.cli import bench, check, config, demo, doctor, inspect, organism, terminal, tokens
+from patchscopes.cli import bench, check, config, demo, doctor, inspect, organism, reproduce, runs, sweep, terminal, tokens
 from patchscopes.core.errors import PatchscopesError, ResourceError
 
 app = typer.Typer(
@@ -32,6 +32,18 @@ app.command()(check.check)
 app.command()(doctor.doctor)
 app.command()(bench.bench)
 app.command()(demo.demo)
+for command in (
+    sweep.sweep,
+    sweep.resume,
+    sweep.retry,
+    runs.runs,
+    runs.show,
+    runs.watch,
+    runs.diff,
+    runs.export,
+    reproduce.reproduce,
+):
+    app.command()(command)
 app.command()(config.schema)
 app.add_typer(config.app)
 app.add_typer(organism.app)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from patchscopes.cli.live import watching
-from patchscopes.cli.options import Json
 from patchscopes.cli.spec_options import experiment_from, with_experiment_options
 from patchscopes.cli.terminal import amount, data, duration, print_json, say
 from patchscopes.core.errors import UnknownName, nearest
@@ -23,10 +22,15 @@ RunsFolder = Annotated[Path, typer.Option("--runs", help="Where run folders are.
 WhichRun = Annotated[str, typer.Argument(metavar="RUN", help="A run: its folder, its id or the beginning of that, or its name.")]
 ExecutorName = Annotated[str, typer.Option("--executor", help="Who works: here, local (processes of this machine) or ray.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="How many. Default: one a GPU, else one.", show_default=False)]
-Gpus = Annotated[float | None, typer.Option(help="With ray: GPUs that a worker takes; several for a model on several.", show_default=False)]
+Gpus = Annotated[
+    float | None, typer.Option(help="With ray: GPUs that a worker takes; several for a model on several.", show_default=False)
+]
 Address = Annotated[str | None, typer.Option(help="Of the Ray cluster, as ray.init takes it.", show_default=False)]
 OnChange = Annotated[
-    str, typer.Option("--on-change", help="If models or versions changed since: refuse, mark (say so in new rows) or new (a new run).")
+    str,
+    typer.Option(
+        "--on-change", help="If models or versions changed since: refuse, mark (say so in new rows) or new (a new run)."
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print every event as a line of JSON.")]
@@ -37,7 +41,9 @@ def sweep(
     file: Annotated[
         Path | None, typer.Argument(metavar="[FILE]", help="An experiment: .toml, .yaml or .json. Options override its keys.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, from a short probe; compute nothing else.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would take, from a short probe; compute nothing else.")
+    ] = False,
     probe: Annotated[
         bool, typer.Option(help="With --dry-run: time some cells. Without, no weights are loaded; give --hardware for a time.")
     ] = True,

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from patchscopes.runs.executor import Executor, Stop
     from patchscopes.runs.folder import Run, open_run
     from patchscopes.runs.here import Here
-    from patchscopes.runs.spec import Experiment
     from patchscopes.runs.recording import resume, sweep
+    from patchscopes.runs.spec import Experiment
 
 _HOMES = {
     "Executor": "executor",

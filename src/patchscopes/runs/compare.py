@@ -1,0 +1,141 @@
+"""Two runs beside each other, and a run beside itself computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from patchscopes.core.errors import InputError
+from patchscopes.runs.conditions import differences
+from patchscopes.runs.folder import COORDINATES, RESULTS, Run
+
+TEXTS = ("status", "text", "next_token_id", "verdict")  # what must be equal
+NUMBERS = tuple(name for name, kind in RESULTS.items() if kind == pl.Float64)
+TOLERANCE = 1e-3  # nats, bits, ratios: more than batches and machines of one kind change in float32
+WHERE = tuple(name for name in COORDINATES if name != "cell")
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """compared, same: cells; changed: a row a cell and column that differ (coordinates, column, before, after, difference);
+    only_before, only_after: cells that one side lacks; conditions: what changed between them; largest: difference of numbers."""
+
+    compared: int
+    same: int
+    changed: pl.DataFrame
+    only_before: int
+    only_after: int
+    conditions: tuple[str, ...]
+    largest: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As one JSON object."""
+        return {**vars(self), "changed": self.changed.to_dicts()}
+
+
+def diff(before: Run, after: Run, *, tolerance: float = TOLERANCE) -> Comparison:
+    """Cells of equal coordinates side by side: part, model, scope, prompt, position, layers, map, control, draw."""
+    one, two = (run.scan().select(*COORDINATES, *TEXTS, *NUMBERS).collect() for run in (before, after))
+    changed = differences(before.provenance[-1].get("conditions", {}), after.provenance[-1].get("conditions", {}))
+    return compare(one, two, on=WHERE, tolerance=tolerance, conditions=changed)
+
+
+def compare(
+    before: pl.DataFrame, after: pl.DataFrame, *, on: Sequence[str] = ("cell",), tolerance: float, conditions: Sequence[str] = ()
+) -> Comparison:
+    """Two tables of rows, matched by the columns `on`."""
+    both = before.join(after, on=list(on), how="inner", suffix="_after", nulls_equal=True)
+    found = []
+    largest = 0.0
+    differs = pl.lit(False)
+    for name in (*TEXTS, *NUMBERS):
+        old, new = pl.col(name), pl.col(f"{name}_after")
+        unlike = old.ne_missing(new)
+        gap = None
+        if name in NUMBERS:
+            gap = (old - new).abs()
+            both_nan = old.is_nan() & new.is_nan()
+            unlike = unlike & ~both_nan.fill_null(False) & (gap.is_null() | gap.is_nan() | (gap > tolerance))
+            top = both.select(gap.filter(gap.is_finite()).max()).item()
+            largest = max(largest, top or 0.0)
+        differs = differs | unlike
+        rows = both.filter(unlike).select(
+            *on,
+            *(column for column in ("cell", *WHERE) if column not in on and column in both.columns),
+            column=pl.lit(name),
+            before=old.cast(pl.String),
+            after=new.cast(pl.String),
+            difference=gap if gap is not None else pl.lit(None, pl.Float64),
+        )
+        found.append(rows)
+    changed = pl.concat(found)
+    n = int(both.select(differs.sum()).item() or 0)
+    return Comparison(
+        len(both), len(both) - n, changed, len(before) - len(both), len(after) - len(both), tuple(conditions), largest
+    )
+
+
+def reproduce(
+    run: Run,
+    *,
+    sample: int | None = 200,
+    seed: int = 0,
+    device: str | None = None,
+    tolerance: float = TOLERANCE,
+    progress: Callable[[int, int, str], None] = lambda done, of, what: None,
+) -> Comparison:
+    """Compute some readings of a run again, here and now, with their controls, and compare. sample: how many; None: all. The folder
+    stays as it is. InputError if nothing of it is finished."""
+    from patchscopes.runs.work import Job, Task, Worker
+
+    done = run.plan.join(run.finished.filter(pl.col("status") == "ok"), on="cell", how="semi")
+    readings = done.filter(pl.col("control") == "none").select("look", "index", "shard")
+    if readings.is_empty():
+        raise InputError(f"the run {run.id} has no finished reading to reproduce")
+    if sample is not None and sample < len(readings):
+        readings = readings.sample(sample, seed=seed)
+    worker = Worker.of(Job(run.spec, str(run.path)), device)
+    found = []
+    groups = list(readings.group_by("look", "shard", maintain_order=True).agg("index").iter_rows())
+    for k, (look, shard, cells) in enumerate(groups):
+        progress(k, len(groups), "computing again")
+        found.append(pl.read_parquet(worker.do(Task(shard, look, tuple(sorted(cells)))).rows))
+    again = pl.concat(found)
+    before = run.scan().join(again.lazy().select("cell"), on="cell", how="semi").collect()
+    if before.is_empty():
+        changed = "; ".join(differences(run.provenance[-1]["conditions"], worker.conditions)) or "nothing that is recorded"
+        raise InputError(f"none of the cells is the same cell any more: what changed is {changed}")
+    return compare(
+        before,
+        again,
+        tolerance=tolerance,
+        conditions=differences(run.provenance[-1].get("conditions", {}), worker.conditions),
+    )
+
+
+def export(run: Run, folder: Path, formats: Sequence[str]) -> list[Path]:
+    """The finished rows as one table, with prompts and labels, in each of the formats parquet, csv, jsonl; and run.json."""
+    from patchscopes.core.files import make_folder, told
+
+    make_folder(folder)
+    table = run.table()
+    written = []
+    for name in formats:
+        path = folder / f"table.{name}"
+        with told(path):
+            if name == "parquet":
+                table.write_parquet(path)
+            elif name == "csv":
+                lists = [column for column, kind in table.schema.items() if isinstance(kind, pl.List)]
+                table.with_columns(pl.col(lists).cast(pl.List(pl.String)).list.join(" ")).write_csv(path)
+            else:
+                table.write_ndjson(path)
+        written.append(path)
+    record = folder / "run.json"
+    with told(record):
+        record.write_bytes((run.path / "run.json").read_bytes())
+    return [*written, record]
