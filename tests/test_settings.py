@@ -294,7 +294,7 @@ def test_wrong_variables_are_told(monkeypatch: pytest.MonkeyPatch, variable: str
 
 
 def test_variables_of_others_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("CACHE", "OFFLINE", "RUNS", "SOMETHING_ELSE", "TRUST_REMOTE_CODE"):
+    for name in ("CACHE", "OFFLINE", "RUNS", "NO_HOST", "MAX", "TRUST_REMOTE_CODE"):
         monkeypatch.setenv(f"PATCHSCOPES_{name}", "1")
     assert asked("-p", "a") == Experiment(prompts="a")
 

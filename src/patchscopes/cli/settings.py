@@ -113,18 +113,15 @@ def _require_no_code(document: Any, path: Path) -> None:
 
 
 def _environment() -> Iterator[tuple[Flag, Any, str]]:
-    known = {f"{PREFIX}{flag.name.upper()}": flag for flag in FLAGS if flag.name != "trust_remote_code"}
+    known = {flag.name.upper(): flag for flag in FLAGS if flag.name != "trust_remote_code"}
     for variable, text in os.environ.items():
-        if not variable.startswith(PREFIX) or not text:
+        name = variable.removeprefix(PREFIX)
+        if name == variable or not text:
             continue
-        if variable in known:
-            value = of_text(known[variable], text, f"the variable {variable}")
-            yield known[variable], value, f"the variable {variable}"
-        elif variable not in _OTHERS and (close := difflib.get_close_matches(variable, [*known, *_OTHERS], n=1, cutoff=0.9)):
-            raise InputError(f"unknown variable {variable}. Did you mean {close[0]}?")
-
-
-_OTHERS = ("PATCHSCOPES_CACHE", "PATCHSCOPES_OFFLINE", "PATCHSCOPES_RUNS")  # of other parts of the project
+        if name in known:
+            yield known[name], of_text(known[name], text, f"the variable {variable}"), f"the variable {variable}"
+        elif meant := difflib.get_close_matches(name, known, n=1, cutoff=0.8):  # others belong to other parts of the project
+            raise InputError(f"unknown variable {variable}. Did you mean {PREFIX}{meant[0]}?")
 
 
 def _flags(given: Mapping[str, Any]) -> Iterator[tuple[Flag, Any, str]]:
