@@ -404,6 +404,8 @@ def test_paths_in_a_file_are_seen_from_its_folder(folder: Path, monkeypatch: pyt
         prompts = { text = "a", labels = { file = "not a path", vectors = "nor this" } }
         """
     )
+    (folder / "atlas").mkdir()
+    (folder / "atlas" / "config.json").write_text("{}")  # bundled models come first
     monkeypatch.chdir(folder.parent)
     experiment = Experiment.load(f"{folder.name}/x.toml")
     assert isinstance(experiment.prompts, PromptFile) and experiment.prompts.file == str(folder / "data" / "my prompts.csv")
