@@ -11,7 +11,8 @@ import polars as pl
 
 from patchscopes.core.errors import InputError
 from patchscopes.runs.conditions import differences
-from patchscopes.runs.folder import COORDINATES, RESULTS, Run
+from patchscopes.runs.folder import Run
+from patchscopes.runs.schema import COORDINATES, RESULTS
 
 TEXTS = ("status", "text", "next_token_id", "verdict")  # what must be equal
 NUMBERS = tuple(name for name, kind in RESULTS.items() if kind == pl.Float64)

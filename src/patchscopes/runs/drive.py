@@ -18,7 +18,7 @@ from patchscopes.runs.events import EventLog
 from patchscopes.runs.executor import Executor, Finished, Lost, Message, Ready, Stop, Told, Working
 from patchscopes.runs.folder import Run, compact, put_piece, write_record
 from patchscopes.runs.pace import Pace
-from patchscopes.runs.work import Job, Task
+from patchscopes.runs.tasks import Job, Task
 
 LIVE, KEPT = 0.5, 10.0  # seconds between progress events: for those who watch, and in the file
 

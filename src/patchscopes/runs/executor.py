@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from patchscopes.runs.work import Done, Job, Task
+from patchscopes.runs.tasks import Done, Job, Stopped, Task
 
 DEATHS = 3  # workers that a task may cost
 
@@ -103,7 +103,5 @@ class Executor(Protocol):
 
 def check_stop(stop: Stop) -> None:
     """Stopped, if work is to end at once."""
-    from patchscopes.runs.work import Stopped
-
     if stop.now:
         raise Stopped
