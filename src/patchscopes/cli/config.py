@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from patchscopes.cli.options import Json
-from patchscopes.cli.settings import LOADING, gather, project_file, user_file
+from patchscopes.cli.settings import gather, project_file, user_file
 from patchscopes.cli.terminal import print_json
 
 app = typer.Typer(name="config", help="Show settings, and where they come from.", no_args_is_help=True)
@@ -30,14 +30,12 @@ def show(
     from patchscopes.runs.spec import Experiment, Outputs
 
     found = gather(file)
-    Experiment.said({"prompts": "none", **found.document}, found.origin)
+    Experiment.said({"prompts": "none", **found.filled()}, found.origin)
     values = {key: field.default for key, field in Experiment.model_fields.items() if key not in ("prompts", "parts")}
-    values |= {key: found.loading[key] for key in LOADING if key in found.loading} if file is None else {}
+    values |= found.loading | found.loading_all
     values |= found.document
     values["outputs"] = Outputs().model_dump() | values["outputs"]
     said = {key: found.origin.get(key, "default") for key in values}
-    if file is None and said["model"] == "default":
-        values["model"] = Experiment.model_fields["model"].default  # and not the table that device, dtype, … made of it
     if json:
         print_json({key: {"value": value, "origin": said[key]} if origin else value for key, value in values.items()})
         return

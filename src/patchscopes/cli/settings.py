@@ -11,6 +11,7 @@ model that says nothing itself. What comes from a variable or a flag holds for a
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ from patchscopes.core.errors import InputError
 
 PREFIX = "PATCHSCOPES_"
 LOADING = ("dtype", "device", "device_map", "attention", "tp_plan", "trust_remote_code")  # of models
+PLACES = ("device", "device_map", "tp_plan")  # one of them says where a model goes
 IN_PROMPTS = ("column", "at_column", "labels", "split", "limit", "sample", "chat", "tensor")
 IN_SCOPES = {"target_layer": "layer"} | {key: key for key in ("map", "tokens", "stop", "temperature", "draws")}
 
@@ -34,6 +36,14 @@ class Settings:
     document: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
     loading: dict[str, Any] = field(default_factory=dict)  # how models are loaded that say nothing themselves
+    loading_all: dict[str, Any] = field(default_factory=dict)  # how all are loaded, whatever they say
+
+    def filled(self) -> dict[str, Any]:
+        """The document, with how models are loaded in every model."""
+        document = copy.deepcopy(self.document)
+        _fill_models(document, self.loading, over=False)
+        _fill_models(document, self.loading_all, over=True)
+        return document
 
 
 def user_file() -> Path:
@@ -65,16 +75,15 @@ def gather(file: Path | None = None, flags: Mapping[str, Any] | None = None) -> 
                 require_known(document, [*Experiment.model_fields, *LOADING])
         except InputError as e:
             raise InputError(f"{path}: {e}") from None
-        if path == project_file():
+        if path == project_file() and path is not given:
             _require_no_code(document, path)
         document = rooted(document, path.resolve().parent)
-        found.loading |= {key: document.pop(key) for key in LOADING if key in document}
+        found.loading = _with(found.loading, {key: document.pop(key) for key in LOADING if key in document})
         found.origin |= {key: str(path) for key in document}
         found.origin |= {key: str(path) for key in LOADING if found.loading.get(key) is not None and key not in found.origin}
         _merge(found.document, document)
     for flag, value, origin in (*_environment(), *_flags(flags or {})):
         _apply(found, flag, value, origin)
-    _fill_models(found.document, found.loading, over=False)
     return found
 
 
@@ -104,25 +113,22 @@ def _require_no_code(document: Any, path: Path) -> None:
 
 
 def _environment() -> Iterator[tuple[Flag, Any, str]]:
-    known = {f"{PREFIX}{flag.name.upper()}": flag for flag in FLAGS if flag.name != "trust_remote_code"}
+    known = {flag.name.upper(): flag for flag in FLAGS if flag.name != "trust_remote_code"}
     for variable, text in os.environ.items():
-        if not variable.startswith(PREFIX) or not text:
+        name = variable.removeprefix(PREFIX)
+        if name == variable or not text:
             continue
-        if variable in known:
-            value = of_text(known[variable], text, f"the variable {variable}")
-            yield known[variable], value, f"the variable {variable}"
-        elif variable not in _OTHERS and (close := difflib.get_close_matches(variable, [*known, *_OTHERS], n=1, cutoff=0.9)):
-            raise InputError(f"unknown variable {variable}. Did you mean {close[0]}?")
-
-
-_OTHERS = ("PATCHSCOPES_CACHE", "PATCHSCOPES_OFFLINE", "PATCHSCOPES_RUNS")  # of other parts of the project
+        if name in known:
+            yield known[name], of_text(known[name], text, f"the variable {variable}"), f"the variable {variable}"
+        elif meant := difflib.get_close_matches(name, known, n=1, cutoff=0.8):  # others belong to other parts of the project
+            raise InputError(f"unknown variable {variable}. Did you mean {PREFIX}{meant[0]}?")
 
 
 def _flags(given: Mapping[str, Any]) -> Iterator[tuple[Flag, Any, str]]:
     some = [flag for flag in FLAGS if given.get(flag.name) not in (None, [])]
-    sources = [flag.option for flag in some if flag.key == "prompts"]
-    if len(sources) > 1:
-        raise InputError(f"{' and '.join(sources)} were given; expected one of them")
+    for one_of in (("prompt", "prompts", "vectors"), PLACES):
+        if len(both := [flag.option for flag in some if flag.name in one_of]) > 1:
+            raise InputError(f"{' and '.join(both)} were given; expected one of them")
     for flag in some:
         yield flag, given[flag.name], flag.option
 
@@ -131,8 +137,7 @@ def _apply(found: Settings, flag: Flag, value: Any, origin: str) -> None:
     """Put a value where it belongs; what parts, scopes and models say of the same gives way."""
     document, key = found.document, flag.key
     if flag.name in LOADING:
-        _fill_models(document, {flag.name: value}, over=True)
-        found.loading[flag.name] = value
+        found.loading_all = _with(found.loading_all, {flag.name: value})
         found.origin[flag.name] = origin
         return
     if key in IN_PROMPTS:
@@ -214,9 +219,13 @@ def _loaded(model: Any, loading: Mapping[str, Any], over: bool) -> Any:
     model = {"name": model} if isinstance(model, str) else model
     if not isinstance(model, dict):
         return model
-    places = ("device", "device_map", "tp_plan")  # one of them says where a model goes
-    placed = any(model.get(key) is not None for key in places)
+    placed = any(model.get(key) is not None for key in PLACES)
     if over:
-        clear = places if any(key in loading for key in places) else ()
-        return {**{key: value for key, value in model.items() if key not in clear}, **loading}
-    return {**{key: value for key, value in loading.items() if not (placed and key in places)}, **model}
+        return _with(model, loading)
+    return {**{key: value for key, value in loading.items() if not (placed and key in PLACES)}, **model}
+
+
+def _with(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, the second over the first: whichever way it says where a model goes."""
+    clear = PLACES if any(key in above for key in PLACES) else ()
+    return {**{key: value for key, value in below.items() if key not in clear}, **above}

@@ -32,7 +32,7 @@ def experiment_from(file: Path | None, **flags: Any) -> Experiment:
     from patchscopes.runs.spec import Experiment
 
     found = gather(file, flags)
-    return Experiment.said(found.document, found.origin)
+    return Experiment.said(found.filled(), found.origin)
 
 
 def with_experiment_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -50,7 +50,8 @@ def with_experiment_options(command: Callable[..., None]) -> Callable[..., None]
 
 
 def _parameter(flag: Flag) -> inspect.Parameter:
-    option = typer.Option(*flag.declared, help=flag.help, show_default=False)
+    metavar = "<str>" if flag.repeats else None  # typer would say <list[str]>
+    option = typer.Option(*flag.declared, help=flag.help, show_default=False, metavar=metavar)
     return inspect.Parameter(
         flag.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[flag.kind | None, option]
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from patchscopes.core.errors import InputError
+from patchscopes.core.errors import InputError, RefusedError
 from patchscopes.runs.conditions import differences
 from patchscopes.runs.folder import Run
 from patchscopes.runs.schema import COORDINATES, RESULTS
@@ -93,6 +93,10 @@ def reproduce(
     stays as it is. InputError if nothing of it is finished."""
     from patchscopes.runs.work import Job, Task, Worker
 
+    if run.is_old:
+        raise RefusedError(
+            f"{str(run.path)!r} was saved by an older version, without its experiment; it cannot be computed again"
+        )
     done = run.plan.join(run.finished.filter(pl.col("status") == "ok"), on="cell", how="semi")
     readings = done.filter(pl.col("control") == "none").select("look", "index", "shard")
     if readings.is_empty():
@@ -120,7 +124,7 @@ def reproduce(
 
 def export(run: Run, folder: Path, formats: Sequence[str]) -> list[Path]:
     """The finished rows as one table, with prompts and labels, in each of the formats parquet, csv, jsonl; and run.json."""
-    from patchscopes.core.files import make_folder, told
+    from patchscopes.core.files import make_folder, told, write_json
 
     make_folder(folder)
     table = run.table()
@@ -136,7 +140,5 @@ def export(run: Run, folder: Path, formats: Sequence[str]) -> list[Path]:
             else:
                 table.write_ndjson(path)
         written.append(path)
-    record = folder / "run.json"
-    with told(record):
-        record.write_bytes((run.path / "run.json").read_bytes())
-    return [*written, record]
+    write_json(folder / "run.json", run.record)
+    return [*written, folder / "run.json"]

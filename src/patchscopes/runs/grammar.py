@@ -83,7 +83,7 @@ def layers(value: Any) -> Any:
             )
         if any(piece.count(":") == 2 and piece.split(":")[2].strip() == "0" for piece in value.split(",")):
             raise LayerError(f"found {shown(value)}, a range with a step of 0; expected a step such as 2")
-        return value.strip()
+        return int(value) if re.fullmatch(r"\s*-?\d+\s*", value) else value.strip()
     try:
         if isinstance(value, Iterable):
             found = tuple(operator.index(layer) for layer in value if not isinstance(layer, bool) or _no_layer(layer))

@@ -21,6 +21,7 @@ def from_readings(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     conditions = {"models": {source["model"]: model}, "versions": source["versions"], "device": source["device"]}
     settings = {name: record[name] for name in ("source_layers", "scope", "controls")}
     scope = record["scope"]["name"]
+    look = {"part": PART, "model": source["model"], "scope": scope, "controls": record["controls"] is not None}
     return {
         "schema_version": 1,
         "id": hashlib.blake2b(path.name.encode(), digest_size=2).hexdigest(),
@@ -30,15 +31,7 @@ def from_readings(path: Path, record: dict[str, Any]) -> dict[str, Any]:
         "cells": table.select(pl.len()).collect().item(),
         "shards": 1,
         "spec": None,
-        "looks": [
-            {
-                "part": PART,
-                "model": source["model"],
-                "scope": scope,
-                "controls": record["controls"] is not None,
-                "provenance": settings,
-            }
-        ],
+        "looks": [{**look, "provenance": settings}],
         "provenance": [{"conditions": conditions, "models": {source["model"]: source}}],
         "caveats": ["saved by an older version: it can be read, but neither resumed nor reproduced"],
     }
