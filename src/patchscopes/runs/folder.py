@@ -169,7 +169,11 @@ class Run:
             rows = rows.filter(pl.col(column).is_in(value if isinstance(value, (list, tuple, range)) else [value]))
         order = ["part", "model", "scope", "prompt", "position", "source_layer", "target", "target_layer", "map", "draw"]
         prompts = self.prompts.drop("ids")
-        return rows.collect().sort(order, maintain_order=True).join(prompts, on=["part", "model", "prompt"], how="left", maintain_order="left")
+        return (
+            rows.collect()
+            .sort(order, maintain_order=True)
+            .join(prompts, on=["part", "model", "prompt"], how="left", maintain_order="left")
+        )
 
     @cached_property
     def prompts(self) -> pl.DataFrame:
