@@ -8,6 +8,7 @@ given to another worker.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -257,6 +258,7 @@ def _nodes(ray: Any) -> list[dict[str, Any]]:
 
 def _first_line(error: BaseException) -> str:
     """What an error says; of a dead actor also why it died, which stands in another line."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # Ray colours some
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
     told = [line for k, line in enumerate(lines) if k == 0 or line.startswith(("The actor ", "ModuleNotFoundError"))]
     return " ".join(told)[:300].rstrip(".") or type(error).__name__
