@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -33,7 +34,8 @@ TRAVELS = ("HF_HUB_OFFLINE", "PATCHSCOPES_NO_HOST")  # environment variables tha
 class OnRay:
     """An actor a device.
 
-    address  of the cluster, as `ray.init` takes it; None: that of RAY_ADDRESS, or a cluster on this machine, or one started here
+    address  of the cluster, as `ray.init` takes it: "host:port", "auto" for one that runs on this machine, "local" for one that is started
+             for this work and ends with it; None: RAY_ADDRESS, or "local"
     workers  how many; default: as many as there is room for, more when nodes join
     gpus     that each takes: 0, a part of one, or several for a model that is spread over them; default: 1 if the cluster has any
     cpus     that each takes
@@ -118,19 +120,17 @@ class OnRay:
             raise NotAvailableError("Ray is not installed. Get it with: pip install 'patchscopes[ray]'") from e
         if ray.is_initialized():
             return ray
+        where = self.address or os.environ.get("RAY_ADDRESS") or "local"
         quiet: Any = {"log_to_driver": False, "logging_level": "ERROR"}
+        if where == "local":
+            quiet["include_dashboard"] = False
         main = threading.current_thread() is threading.main_thread()
         before = signal.getsignal(signal.SIGTERM) if main else None
         try:
-            try:
-                ray.init(address=self.address or "auto", **quiet)
-            except ConnectionError:
-                if self.address not in (None, "local") or os.environ.get("RAY_ADDRESS"):
-                    raise
-                ray.init(address="local", include_dashboard=False, **quiet)
-                self._ours = True
-        except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as e:
-            where = self.address or os.environ.get("RAY_ADDRESS") or "this machine"
+            _require_listener(where)
+            ray.init(address=where, **quiet)
+            self._ours = where == "local"
+        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as e:
             raise NotAvailableError(
                 f"there is no Ray cluster to work on at {where}: {_first_line(e)}. Expected one that `ray start` started with the same "
                 "versions of Ray and Python and, if it asks for one, its token (RAY_AUTH_MODE=token, ~/.ray/auth_token)"
@@ -250,6 +250,13 @@ def _end(ray: Any, crew: Sequence[_Member]) -> None:
         ray.wait(working, num_returns=len(working), timeout=GRACE)
     for member in crew:
         member.end()
+
+
+def _require_listener(address: str) -> None:
+    """OSError if nobody listens at host:port; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "://" not in address:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
 
 
 def _nodes(ray: Any) -> list[dict[str, Any]]:
