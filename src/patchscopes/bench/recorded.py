@@ -132,7 +132,15 @@ def big_run(path: Path) -> Path:
             **{name: rng.random(n) for name in ("logprob", "surprisal", "norm_ratio")},
         }
     )
-    same = {"part": "big", "model": "made up", "scope": "describe", "position": 3, "token": " x", "map": "identity", "control": "none"}
+    same = {
+        "part": "big",
+        "model": "made up",
+        "scope": "describe",
+        "position": 3,
+        "token": " x",
+        "map": "identity",
+        "control": "none",
+    }
     same |= {"draw": 0, "status": "ok", "n_tokens": 5, "next_token": " words", "attempt": 0, "provenance": 0}
     rows = rows.with_columns(pl.lit(value).alias(name) for name, value in same.items())
     rows = rows.select((pl.col(c) if c in rows.columns else pl.lit(None)).cast(kind).alias(c) for c, kind in ROWS.items())

@@ -39,6 +39,7 @@ for command in (
     runs.runs,
     runs.show,
     runs.watch,
+    runs.logs,
     runs.diff,
     runs.export,
     reproduce.reproduce,
