@@ -112,20 +112,22 @@ def estimate(
     passes = sum(_passes(one, n, shards, size) for one, (n, shards) in zip(seen, _readings(table, len(seen)), strict=True))
     flops = float(table["cost"].sum()) + sum(cost.sources() for cost in costs)
     weights = sum(p.numel() * p.element_size() for model in models.values() for p in model.hf.parameters())
+    shards = int(table["shard"].max() or 0) + 1  # type: ignore[arg-type]
+    busy = min(workers, shards)
     timed = _probe(seen, asked, found, table) if probe else None
     seconds, basis, a_row = None, "", float(ROW_BYTES)
     if timed is not None:
-        seconds, a_row = _scaled(*timed, workers=workers)
+        seconds, a_row = _scaled(*timed, workers=busy)
         basis = f"from a probe of {sum(n for _, _, n in timed[0].values()):,} readings"
     elif hardware is not None:
-        seconds = _of_card(hardware.lower(), flops, passes, weights, workers)
+        seconds = _of_card(hardware.lower(), flops, passes, weights, busy)
         basis = f"from the datasheet of {hardware}, at 20 to 60 % of its peak"
     card = CARDS[hardware.lower()] if hardware else None
     return Estimate(
         readings,
         len(table),
         _how_many(seen),
-        int(table["shard"].max() or 0) + 1,  # type: ignore[arg-type]
+        shards,
         passes,
         flops,
         weights,
@@ -134,7 +136,7 @@ def estimate(
         round(a_row * len(table) + 16 * len(table)),
         seconds,
         basis,
-        workers,
+        busy,
         math.ceil(weights * 1.1 / card[2]) if card else None,
         (*caveats, *more),
     )
