@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from patchscopes.cli import bench, check, demo, doctor, inspect, organism, terminal, tokens
+from patchscopes.cli import bench, check, demo, doctor, inspect, organism, report, terminal, tokens
 from patchscopes.core.errors import PatchscopesError, ResourceError
 
 app = typer.Typer(
@@ -30,6 +30,8 @@ app.command()(inspect.inspect)
 app.command()(tokens.tokens)
 app.command()(check.check)
 app.command()(doctor.doctor)
+app.command()(report.report)
+app.command()(report.figure)
 app.command()(bench.bench)
 app.command()(demo.demo)
 app.add_typer(organism.app)

@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     from patchscopes.runs.folder import Run
 
 KINDS = ("nothing", "random", "other", "mean", "text")
-METRICS = ("bits_over_others", "bits_over_nothing", "bits_over_random", "bits_over_text", "surprisal", "logprob", "norm_ratio", "p_value")
+METRICS = (
+    "bits_over_others",
+    "bits_over_nothing",
+    "bits_over_random",
+    "bits_over_text",
+    "surprisal",
+    "logprob",
+    "norm_ratio",
+    "p_value",
+)
 NAMES = {
     "bits_over_others": "evidence over others",
     "bits_over_nothing": "evidence over nothing",
@@ -74,7 +83,9 @@ def embed(run: Run, readings: pl.DataFrame, controls: pl.DataFrame, room: int) -
             some = readings.filter(pl.col("rank") <= n)
             payload = _packed(run, some, controls if not note else None, longest)
             if len(payload) <= room:
-                left = [f"Cell by cell this page shows the first {n:,} of {prompts:,} prompts of each view."] if n < prompts else []
+                left = (
+                    [f"Cell by cell this page shows the first {n:,} of {prompts:,} prompts of each view."] if n < prompts else []
+                )
                 return Embedded(payload, (*left, *([note] if note else ())))
             n = min(n - 1, int(n * 0.97 * room / len(payload)))
     some = readings.filter(pl.col("rank") == 1).head(MOST)
@@ -96,9 +107,7 @@ def _at_most(readings: pl.DataFrame, prompts: int) -> int:
 
 def _packed(run: Run, readings: pl.DataFrame, controls: pl.DataFrame | None, longest: int | None) -> str:
     strings = Strings(longest)
-    looks = [
-        _look(run, number, some, controls, strings) for (number,), some in readings.group_by("look", maintain_order=True)
-    ]
+    looks = [_look(run, number, some, controls, strings) for (number,), some in readings.group_by("look", maintain_order=True)]
     metrics = [{"name": m, "label": NAMES[m], "units": UNITS[m], "signed": m.startswith("bits_over_")} for m in METRICS]
     document = {"metrics": metrics, "status": STATUS, "kinds": KINDS, "looks": looks, "strings": list(strings.index)}
     text = json.dumps(document, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
@@ -131,10 +140,13 @@ def _prompts(run: Run, about: dict[str, Any], readings: pl.DataFrame, strings: S
     own = own.join(readings.select("prompt").unique(), on="prompt", how="semi").sort("prompt")
     labels = [name for name in own.columns if name not in ("part", "model", "prompt", "prompt_text", "ids")]
     told = [
-        {name: str(value) for name, value in row.items() if value is not None}
-        for row in own.select(labels).iter_rows(named=True)
+        {name: str(value) for name, value in row.items() if value is not None} for row in own.select(labels).iter_rows(named=True)
     ]
-    return {"number": own["prompt"].to_list(), "text": strings.of(own["prompt_text"].to_list()), "labels": told if labels else None}
+    return {
+        "number": own["prompt"].to_list(),
+        "text": strings.of(own["prompt_text"].to_list()),
+        "labels": told if labels else None,
+    }
 
 
 def _controls(readings: pl.DataFrame, controls: pl.DataFrame, strings: Strings) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -25,7 +26,11 @@ NCE = "Aaron van den Oord, Yazhe Li, Oriol Vinyals (2018). Representation Learni
 
 def caveats(run: Run, left_out: tuple[str, ...]) -> Markup:
     """What a reader must know."""
-    told = [*left_out, *(scrub(text) for text in run.caveats), "Numbers on this page are rounded to four digits; the run folder has all."]
+    told = [
+        *left_out,
+        *(scrub(text) for text in run.caveats),
+        "Numbers on this page are rounded to four digits; the run folder has all.",
+    ]
     return el("ul", *(el("li", text) for text in told))
 
 
@@ -60,8 +65,10 @@ def provenance(run: Run) -> Markup:
     parts: list[object] = []
     for number, entry in enumerate(run.provenance):
         conditions = entry.get("conditions", {})
-        models = {name: {**about, **entry.get("models", {}).get(name, {})} for name, about in conditions.get("models", {}).items()}
-        machines = [{key: value for key, value in one.items() if key not in PRIVATE} for one in entry.get("machines", [])]
+        models = {
+            name: {**about, **entry.get("models", {}).get(name, {})} for name, about in conditions.get("models", {}).items()
+        }
+        machines = [_machine(one) for one in entry.get("machines", [])]
         about = {
             "models": {name: {k: v for k, v in one.items() if k not in ("versions", "model")} for name, one in models.items()},
             "device": conditions.get("device"),
@@ -77,6 +84,15 @@ def provenance(run: Run) -> Markup:
         told = {**settings, "controls": _controls(look.get("provenance", {}).get("controls"))}
         parts.append(el("details", el("summary", f"Settings of {named}"), _tree(scrub(told))))
     return join(*parts)
+
+
+def _machine(about: dict[str, Any]) -> dict[str, Any]:
+    """Without the host's name, and without the name of its kernel."""
+    own = {key: value for key, value in about.items() if key not in PRIVATE}
+    if isinstance(system := own.get("system"), str):
+        kind = re.search(r"x86_64|aarch64|arm64|AMD64|ppc64le|riscv64", system)
+        own["system"] = " ".join([system.partition("-")[0], *([kind[0]] if kind else [])])
+    return own
 
 
 def _controls(about: dict[str, Any] | None) -> Any:
@@ -122,7 +138,12 @@ def again(run: Run) -> Markup:
     return join(
         el("p", "With the run folder at hand, compute a sample of it anew and compare; or run the same experiment elsewhere:"),
         el("pre", f"patchscopes reproduce {scrub(run.path.name)}\npatchscopes sweep experiment.json"),
-        el("p", "Hash of the experiment: ", el("code", run.record.get("digest", "")), ". Paths are shortened to names on this page."),
+        el(
+            "p",
+            "Hash of the experiment: ",
+            el("code", run.record.get("digest", "")),
+            ". Paths are shortened to names on this page.",
+        ),
         el("details", el("summary", "The experiment, with all its settings (experiment.json)"), el("pre", said(shown))),
     )
 
@@ -143,5 +164,8 @@ def cite(run: Run) -> Markup:
     ]
     return join(
         el("ul", *(el("li", work) for work in works)),
-        el("p", "Models and prompts have licences of their own; name the models with their revisions or the hashes of their weights above."),
+        el(
+            "p",
+            "Models and prompts have licences of their own; name the models with their revisions or the hashes of their weights above.",
+        ),
     )

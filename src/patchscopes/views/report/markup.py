@@ -43,7 +43,9 @@ def shown(text: str | None) -> str:
     return re.sub(r"[\ud800-\udfff]", "\ufffd", marked)
 
 
-def table(headings: list[object], rows: list[list[object]], *, caption: str, numbers: tuple[int, ...] = (), **attributes: object) -> Markup:
+def table(
+    headings: list[object], rows: list[list[object]], *, caption: str, numbers: tuple[int, ...] = (), **attributes: object
+) -> Markup:
     """A table that scrolls sideways where it is too wide. numbers: columns set right."""
     kinds = ["n" if k in numbers else None for k in range(len(headings))]
     head = el("tr", *(el("th", h, scope="col", cls=kind) for h, kind in zip(headings, kinds, strict=True)))

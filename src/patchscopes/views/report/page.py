@@ -70,7 +70,10 @@ def _asset(name: str) -> str:
 
 
 def _policy(script: str, style: str) -> str:
-    allowed = {kind: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for kind, text in (("script", script), ("style", style))}
+    allowed = {
+        kind: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        for kind, text in (("script", script), ("style", style))
+    }
     return (
         f"default-src 'none'; script-src 'sha256-{allowed['script']}'; style-src 'sha256-{allowed['style']}'; connect-src 'none'; "
         "img-src 'none'; font-src 'none'; object-src 'none'; base-uri 'none'; form-action 'none'"

@@ -8,7 +8,9 @@ from typing import Any
 
 GONE = "(removed)"
 TOKENS = re.compile(r"\b(?:hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[abp]-|AKIA|AIza)[\w-]{12,}|(?i:(?<=bearer ))[\w.~+/-]{8,}=*")
-NAMED = re.compile(r"(?i)(?<![a-z])((?:(?:api|access|auth|hf)[_-]?)?(?:key|token|secret|password|passwd))\s*[=:]\s*[^\s&\"',]{6,}")
+NAMED = re.compile(
+    r"(?i)(?<![a-z])((?:(?:api|access|auth|hf)[_-]?)?(?:key|token|secret|password|passwd))\s*[=:]\s*[^\s&\"',]{6,}"
+)
 LOGIN = re.compile(r"(?<=://)[^/\s@]+:[^/\s@]+(?=@)")
 NAME = r"[^\s'\"<>|,;:()\[\]{}\\/]+"
 START = r"(?:file://)?(?:~\w*|[A-Za-z]:)?[/\\]"

@@ -48,7 +48,10 @@ def header(run: Run, readings: pl.DataFrame, title: str | None) -> Markup:
         ("controls", _controls(looks)),
         ("cells", _cells(run, readings)),
     ]
-    chips = [el("li", el("b", f"{counts[key]:,}"), f" {key}", cls=f"chip {key}" + (" none" if not counts[key] else "")) for key in counts]
+    chips = [
+        el("li", el("b", f"{counts[key]:,}"), f" {key}", cls=f"chip {key}" + (" none" if not counts[key] else ""))
+        for key in counts
+    ]
     return el(
         "header",
         el("p", "patchscopes report", cls="kicker"),
@@ -127,7 +130,14 @@ def in_short(layers: pl.DataFrame, readings: pl.DataFrame) -> Markup:
                 no or "none",
             ]
         )
-    headings: list[object] = ["view", "readings above controls", "by chance", "share above, by layer", "layers to interpret", "not to interpret"]
+    headings: list[object] = [
+        "view",
+        "readings above controls",
+        "by chance",
+        "share above, by layer",
+        "layers to interpret",
+        "not to interpret",
+    ]
     return join(
         table(headings, rows, caption="Readings above their controls, in every view", numbers=(1, 2)),
         el("p", *_many(readings, layers)),
@@ -169,7 +179,9 @@ def every_layer(layers: pl.DataFrame) -> Markup:
     views = list(layers.group_by(LOOK, maintain_order=True))
     for look, own in views:
         whole = _layers(_view(look, layers), own)
-        parts.append(whole if len(views) == 1 else el("details", el("summary", _view(look, layers)), whole, open="" if not parts else None))
+        parts.append(
+            whole if len(views) == 1 else el("details", el("summary", _view(look, layers)), whole, open="" if not parts else None)
+        )
     return join(*parts)
 
 
@@ -191,7 +203,9 @@ def _layers(name: str, own: pl.DataFrame) -> Markup:
                 "" if share is None else f"{share:.0%}",
                 "" if share is None else _bar(share),
                 "" if row["chance"] is None else _small(row["chance"]),
-                el("span", f"{MARK[row['interpret']]} {WORD[row['interpret']]}", cls="yes" if row["interpret"] == "yes" else "no"),
+                el(
+                    "span", f"{MARK[row['interpret']]} {WORD[row['interpret']]}", cls="yes" if row["interpret"] == "yes" else "no"
+                ),
             ]
         )
     last = len(headings) - 1
@@ -213,7 +227,16 @@ def _skyline(own: pl.DataFrame) -> Markup:
         bars.append(el("rect", cls="track", x=k * step, width=step - 2, height=high))
         bars.append(el("rect", cls=kind, x=k * step, y=f"{high - size:.1f}", width=step - 2, height=f"{size:.1f}"))
     width = step * own.height
-    return el("svg", *bars, cls="skyline", viewBox=f"0 0 {width} {high}", width=min(width, 400), height=high, preserveAspectRatio="none", aria_hidden="true")
+    return el(
+        "svg",
+        *bars,
+        cls="skyline",
+        viewBox=f"0 0 {width} {high}",
+        width=min(width, 400),
+        height=high,
+        preserveAspectRatio="none",
+        aria_hidden="true",
+    )
 
 
 def _small(p: float) -> str:

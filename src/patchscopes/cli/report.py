@@ -1,0 +1,127 @@
+"""`patchscopes report` and `patchscopes figure`: a recorded run as one HTML file, and as a picture."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from patchscopes.cli.options import Json
+from patchscopes.cli.terminal import amount, print_json, say, waiting
+from patchscopes.core.files import told
+
+if TYPE_CHECKING:
+    from patchscopes.runs.folder import Run
+
+Which = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN", help="A run folder, or the id, the beginning of the id or the name of a run.", show_default=False
+    ),
+]
+Runs = Annotated[Path, typer.Option("--runs", help="Where runs are looked for by id and name.")]
+
+
+def report(
+    run: Which,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The HTML file. Default: report.html in the run folder.", show_default=False),
+    ] = None,
+    runs: Runs = Path("runs"),
+    title: Annotated[str | None, typer.Option(help="Default: the experiment's name.", show_default=False)] = None,
+    json: Json = False,
+) -> None:
+    """Write a run as one HTML file under 5 MB that opens anywhere, offline.
+
+    It holds the map and table of its readings beside their controls, which layers may be interpreted, how it was made and whom to
+    cite. The run need not be finished.
+    """
+    from patchscopes.runs.folder import open_run
+    from patchscopes.views.report import report as write
+
+    found = open_run(run, runs=runs)
+    path = output or _beside(found)
+    with waiting("writing the report"):
+        write(found, path, title=title)
+    if not json:
+        for line in _in_short(found):
+            say(line)
+        say(f"{amount(path.stat().st_size)}; opens in any browser, offline")
+        print(path)
+        return
+    from patchscopes.views.by_layer import by_layer, planned_rows
+
+    layers = by_layer(planned_rows(found)).to_dicts()
+    print_json(
+        {"report": str(path), "bytes": path.stat().st_size, "status": found.status, "counts": found.counts, "layers": layers}
+    )
+
+
+def figure(
+    run: Which,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The figure: .png, .svg or .pdf.", show_default=False)],
+    kind: Annotated[
+        str, typer.Option(help="map: one prompt, cell by cell. layers: a metric by layer, over all prompts, with 95 % intervals.")
+    ] = "map",
+    part: Annotated[str | None, typer.Option(help="A part of the experiment.", show_default=False)] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="One of the run's models.", show_default=False)] = None,
+    scope: Annotated[str | None, typer.Option(help="One of the run's scopes.", show_default=False)] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="bits_over_others, bits_over_nothing, bits_over_random, bits_over_text, surprisal, logprob, norm_ratio, p_value. "
+            "Default: bits_over_others, without controls surprisal.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[int, typer.Option(min=0, help="The prompt of a map, by its number.")] = 0,
+    position: Annotated[
+        int | None, typer.Option(help="The position of a map of target layers, if there are several.", show_default=False)
+    ] = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Draw a run: the map of one prompt, or a metric by layer over all prompts.
+
+    \b
+    patchscopes figure 7f3c map.pdf --scope describe --prompt 2
+    patchscopes figure 7f3c layers.pdf --kind layers
+    """
+    from patchscopes.views.figure import figure as draw
+    from patchscopes.views.heatmap import require_suffix
+
+    require_suffix(file)
+    from patchscopes.runs.folder import open_run
+
+    found = open_run(run, runs=runs)
+    options: dict[str, Any] = {"part": part, "model": model, "scope": scope, "metric": metric, "prompt": prompt}
+    with told(file):
+        draw(found, file, kind=kind, position=position, **options)  # type: ignore[arg-type]  # told if it is none
+    print(file)
+
+
+def _beside(run: Run) -> Path:
+    """In the run folder; if nothing can be written there, here."""
+    if os.access(run.path, os.W_OK):
+        return run.path / "report.html"
+    say(f"{str(run.path)!r} cannot be written to; the report is written here")
+    return Path(f"{run.path.name}-report.html")
+
+
+def _in_short(run: Run) -> list[str]:
+    """A line for every part, model and scope."""
+    from patchscopes.views.by_layer import LOOK, by_layer, planned_rows, spans
+
+    layers = by_layer(planned_rows(run))
+    lines = []
+    for look, own in layers.group_by(LOOK, maintain_order=True):
+        name = " · ".join(str(v) for n, v in zip(LOOK, look, strict=True) if layers[n].n_unique() > 1) or str(look[-1])
+        judged, above = int(own["above"].sum() + own["same"].sum()), int(own["above"].sum())
+        yes = spans(own.filter(own["interpret"] == "yes")["source_layer"].to_list()) or "none"
+        lines.append(f"{name}: {above:,} of {judged:,} readings above their controls; layers to interpret: {yes}")
+    counts = run.counts
+    if counts["waiting"]:
+        lines.append(f"not finished: {counts['waiting']:,} of {run.cells:,} cells are waiting")
+    return lines
