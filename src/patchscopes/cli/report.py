@@ -13,6 +13,8 @@ from patchscopes.cli.terminal import amount, print_json, say, waiting
 from patchscopes.core.files import told
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from patchscopes.runs.folder import Run
 
 Which = Annotated[
@@ -40,24 +42,22 @@ def report(
     cite. The run need not be finished.
     """
     from patchscopes.runs.folder import open_run
+    from patchscopes.views.by_layer import by_layer, planned_rows
     from patchscopes.views.report import report as write
 
     found = open_run(run, runs=runs)
     path = output or _beside(found)
     with waiting("writing the report"):
         write(found, path, title=title)
-    if not json:
-        for line in _in_short(found):
-            say(line)
-        say(f"{amount(path.stat().st_size)}; opens in any browser, offline")
-        print(path)
+    layers = by_layer(planned_rows(found))
+    size = path.stat().st_size
+    if json:
+        rows = layers.to_dicts()
+        print_json({"report": str(path), "bytes": size, "status": found.status, "counts": found.counts, "layers": rows})
         return
-    from patchscopes.views.by_layer import by_layer, planned_rows
-
-    layers = by_layer(planned_rows(found)).to_dicts()
-    print_json(
-        {"report": str(path), "bytes": path.stat().st_size, "status": found.status, "counts": found.counts, "layers": layers}
-    )
+    _say_layers(found, layers)
+    say(f"{amount(size)}; opens in any browser, offline")
+    print(path)
 
 
 def figure(
@@ -110,18 +110,12 @@ def _beside(run: Run) -> Path:
     return Path(f"{run.path.name}-report.html")
 
 
-def _in_short(run: Run) -> list[str]:
-    """A line for every part, model and scope."""
-    from patchscopes.views.by_layer import LOOK, by_layer, planned_rows, spans
+def _say_layers(run: Run, layers: pl.DataFrame) -> None:
+    """A line for every part, model and scope, and one if the run is not finished."""
+    from patchscopes.views.by_layer import in_short, spans
 
-    layers = by_layer(planned_rows(run))
-    lines = []
-    for look, own in layers.group_by(LOOK, maintain_order=True):
-        name = " · ".join(str(v) for n, v in zip(LOOK, look, strict=True) if layers[n].n_unique() > 1) or str(look[-1])
-        judged, above = int(own["above"].sum() + own["same"].sum()), int(own["above"].sum())
-        yes = spans(own.filter(own["interpret"] == "yes")["source_layer"].to_list()) or "none"
-        lines.append(f"{name}: {above:,} of {judged:,} readings above their controls; layers to interpret: {yes}")
-    counts = run.counts
-    if counts["waiting"]:
-        lines.append(f"not finished: {counts['waiting']:,} of {run.cells:,} cells are waiting")
-    return lines
+    for view in in_short(layers):
+        yes = spans(view.layers.get("yes", [])) or "none"
+        say(f"{view.name}: {view.above:,} of {view.judged:,} readings above their controls; layers to interpret: {yes}")
+    if waiting := run.counts["waiting"]:
+        say(f"not finished: {waiting:,} of {run.cells:,} cells are waiting")

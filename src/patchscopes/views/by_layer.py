@@ -9,6 +9,7 @@ interpreted if that, times the number of layers that were looked at in the run (
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import polars as pl
@@ -88,6 +89,29 @@ def binomial_tail(k: int, n: int, p: float) -> float:
         if i > n * p and term < 1e-12 * total:
             break
     return min(total, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class InShort:
+    """What a view (a part, model and scope) comes to. judged: readings with a verdict, of which `above` are above; layers: by what is to
+    be made of them, "yes" being those that may be interpreted; table: the rows of `by_layer`."""
+
+    name: str
+    judged: int
+    above: int
+    layers: dict[str, list[int]]
+    table: pl.DataFrame
+
+
+def in_short(layers: pl.DataFrame) -> list[InShort]:
+    """The views of `by_layer(…)`, each named by what tells it from the others."""
+    found = []
+    for look, own in layers.group_by(LOOK, maintain_order=True):
+        kept = [str(value) for name, value in zip(LOOK, look, strict=True) if layers[name].n_unique() > 1]
+        above, same = (sum(own[name].to_list()) for name in ("above", "same"))
+        grouped = own.group_by("interpret", maintain_order=True).agg("source_layer")
+        found.append(InShort(" · ".join(kept) or str(look[-1]), above + same, above, dict(grouped.iter_rows()), own))
+    return found
 
 
 def spans(layers: list[int]) -> str:

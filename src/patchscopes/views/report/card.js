@@ -85,7 +85,7 @@ function controlsOf(data, look, i) {
     const cell = what === "ok" ? (words ? said(words) : make("i", {}, "nothing")) : make("i", {}, STATES[what]);
     return make("tr", {}, make("th", { scope: "row" }, KINDS[kind]), make("td", {}, cell));
   });
-  return make("table", { class: "small" }, make("caption", {}, "The same scope without this state"), make("tbody", {}, ...rows));
+  return make("table", { class: "small fixed" }, make("caption", {}, "The same scope without this state"), make("tbody", {}, ...rows));
 }
 
 function promptOf(data, look, i) {

@@ -46,6 +46,11 @@ DIGITS = 4
 MOST = 300_000  # readings that a page can hold
 SHORT = 40  # characters of a text where there is little room
 STATUS = ("ok", "failed", "skipped", "waiting")
+LEVELS = (  # what is left out of every reading, and characters of a text, where the first prompt of each view would not fit
+    ("", None),
+    ("What the controls said is left out here; it is in the run folder (shards/, column control).", None),
+    (f"Texts are cut to {SHORT} characters, and what the controls said is left out here; both are in the run folder.", SHORT),
+)
 
 
 @dataclass(frozen=True)
@@ -75,9 +80,7 @@ def embed(run: Run, readings: pl.DataFrame, controls: pl.DataFrame, room: int) -
     """As much of `readings` and their `controls` (see `planned_rows`) as `room` characters hold."""
     readings = readings.with_columns(pl.col("prompt").rank("dense").over("look").alias("rank"))
     prompts = int(readings["rank"].max() or 0)  # type: ignore[arg-type]
-    whole = ("", None)
-    for note, longest in (whole, ("What the controls said is left out here; it is in the run folder (shards/, column control).", None),
-                          (f"Texts are cut to {SHORT} characters, and what the controls said is left out here; both are in the run folder.", SHORT)):  # fmt: skip
+    for note, longest in LEVELS:
         n = _at_most(readings, prompts)
         while n >= 1:
             some = readings.filter(pl.col("rank") <= n)
@@ -93,7 +96,7 @@ def embed(run: Run, readings: pl.DataFrame, controls: pl.DataFrame, room: int) -
         payload = _packed(run, some, None, SHORT)
         if len(payload) <= room or some.is_empty():
             left = f"Cell by cell this page shows the first {some.height:,} of {readings.height:,} readings."
-            return Embedded(payload, (left, note))
+            return Embedded(payload, (left, LEVELS[-1][0]))
         some = some.head(int(some.height * 0.97 * room / len(payload)))
 
 
@@ -128,7 +131,7 @@ def _look(run: Run, number: Any, readings: pl.DataFrame, controls: pl.DataFrame 
     targets = about.get("provenance", {}).get("scope", {}).get("targets", [])
     return {
         **scrub({key: about[key] for key in ("part", "model", "scope")}),
-        "targets": [shown(target["text"]) for target in targets],
+        "targets": [shown(target["text"]) if target["text"] != "x" else "" for target in targets],
         "prompts": _prompts(run, about, readings, strings),
         "columns": columns,
         "controls": said,

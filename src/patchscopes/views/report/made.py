@@ -14,7 +14,7 @@ from patchscopes.views.report.scrub import scrub
 if TYPE_CHECKING:
     from patchscopes.runs.folder import Run
 
-FAILED, PROMPTS, REASONS, CHARACTERS = 50, 100, 20, 60_000  # rows of each list, and characters of the experiment
+FAILED, PROMPTS, REASONS, SETTINGS, CHARACTERS = 50, 100, 20, 40, 60_000  # of each list, and characters of the experiment
 PRIVATE = ("host",)  # of a machine
 PAPER = (
     "Asma Ghandeharioun, Avi Caciularu, Adam Pearce, Lucas Dixon, Mor Geva (2024). Patchscopes: A Unifying Framework for Inspecting "
@@ -78,11 +78,14 @@ def provenance(run: Run) -> Markup:
         if len(run.provenance) > 1:
             parts.append(el("h4", f"Rows of provenance {number}"))
         parts.append(_tree(scrub(about)))
-    for look in run.record["looks"]:
+    looks = run.record["looks"]
+    for look in looks[:SETTINGS]:
         named = " · ".join(scrub([look["part"], look["model"], look["scope"]]))
         settings = {k: v for k, v in look.get("provenance", {}).items() if k != "controls"}
         told = {**settings, "controls": _controls(look.get("provenance", {}).get("controls"))}
         parts.append(el("details", el("summary", f"Settings of {named}"), _tree(scrub(told))))
+    if len(looks) > SETTINGS:
+        parts.append(el("p", f"The settings of {len(looks) - SETTINGS:,} more views stand in run.json, under looks."))
     return join(*parts)
 
 
@@ -144,7 +147,7 @@ def again(run: Run) -> Markup:
             el("code", run.record.get("digest", "")),
             ". Paths are shortened to names on this page.",
         ),
-        el("details", el("summary", "The experiment, with all its settings (experiment.json)"), el("pre", said(shown))),
+        el("details", el("summary", "The experiment, with all its settings (experiment.json)"), el("pre", shown)),
     )
 
 

@@ -45,13 +45,14 @@ function refresh(data, view, show) {
   if (!look.metrics.includes(view.metric)) view.metric = look.metrics.find(({ name }) => name === view.metric.name) ?? look.metrics[0];
   view.grid = gridOf(data, look, chosen);
   view.scale = scaleOf(look, view.metric);
+  view.kept = false;
   const { grid } = view;
   if (!view.cell) view.cell = firstAbove(data, view);
   view.cell = { r: Math.max(0, Math.min(view.cell.r, grid.rows.length - 1)), c: Math.max(0, Math.min(view.cell.c, grid.places.length - 1)) };
   view.hover = null;
   drawControls(data, view, open, show);
   const name = chosen.prompt === EVERY ? [`${look.prompts.number.length.toLocaleString("en")} prompts`] : ["Prompt ", said(`“${promptName(data, look, chosen.prompt)}”`)];
-  $("prompt-text").replaceChildren(...name, ...(look.targets.length ? [" through ", said(`“${look.targets[look.targets.length > chosen.target ? chosen.target : 0]}”`)] : []));
+  $("prompt-text").replaceChildren(...name, ...(look.targets[chosen.target] ? [" through ", said(`“${look.targets[chosen.target]}”`)] : []));
   size(data, view);
   legend(data, view);
   moved(data, view, false);

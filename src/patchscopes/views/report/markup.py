@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Sequence
 
 from patchscopes.model.tokens import visible
 
@@ -18,7 +19,7 @@ def el(tag: str, *children: object, **attributes: object) -> Markup:
     """An element. Children that are no Markup are shown as text; attributes that are None are left out. cls is class, a_b is a-b."""
     names = {"cls": "class", "for_": "for"}
     own = "".join(
-        f' {names.get(key, key.replace("_", "-"))}="{html.escape(str(value))}"'
+        f' {names.get(key, key.replace("_", "-"))}="{html.escape(shown(str(value)))}"'
         for key, value in attributes.items()
         if value is not None
     )
@@ -29,22 +30,29 @@ def el(tag: str, *children: object, **attributes: object) -> Markup:
 
 def join(*children: object) -> Markup:
     """Several, one behind the other."""
-    return Markup("".join(one if isinstance(one, Markup) else html.escape(str(one)) for one in children if one is not None))
+    return Markup(
+        "".join(one if isinstance(one, Markup) else html.escape(shown(str(one))) for one in children if one is not None)
+    )
 
 
 def said(text: str | None) -> Markup:
-    """What a model or a prompt says: control characters made visible, its direction its own."""
-    return el("bdi", shown(text))
+    """What a model or a prompt says: on one line, its direction its own."""
+    return el("bdi", (text or "").replace("\n", "↵").replace("\t", "⇥"))
 
 
-def shown(text: str | None) -> str:
-    """The same as plain text."""
-    marked = visible(text or "").replace("␣", " ")
-    return re.sub(r"[\ud800-\udfff]", "\ufffd", marked)
+def shown(text: str) -> str:
+    """Text with its control characters made visible, those that turn lines around among them; its lines stay lines."""
+    lines = [" ".join(map(visible, line.split(" "))) for line in text.split("\n")]
+    return re.sub(r"[\ud800-\udfff]", "\ufffd", "\n".join(lines))
 
 
 def table(
-    headings: list[object], rows: list[list[object]], *, caption: str, numbers: tuple[int, ...] = (), **attributes: object
+    headings: Sequence[object],
+    rows: Sequence[Sequence[object]],
+    *,
+    caption: str,
+    numbers: tuple[int, ...] = (),
+    **attributes: object,
 ) -> Markup:
     """A table that scrolls sideways where it is too wide. numbers: columns set right."""
     kinds = ["n" if k in numbers else None for k in range(len(headings))]

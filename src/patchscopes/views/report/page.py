@@ -49,7 +49,7 @@ def page(run: Run, *, title: str | None = None) -> str:
         "style": style,
         "script": script,
         "header": summary.header(run, readings, title),
-        "short": summary.in_short(layers, readings),
+        "short": summary.short(layers, readings),
         "layers": summary.every_layer(layers),
         "failures": made.failures(readings, controls),
         "provenance": made.provenance(run),

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from patchscopes.controls.evidence import SIGNIFICANT
-from patchscopes.views.by_layer import LOOK, spans
-from patchscopes.views.report.markup import Markup, el, join, said, shown, table
+from patchscopes.views.by_layer import in_short, spans
+from patchscopes.views.report.markup import Markup, el, join, said, table
 from patchscopes.views.report.scrub import scrub
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ WORD = {
     "too few prompts": "too few prompts to say",
     "not run": "controls not run",
 }
+VIEWS, LAYERS = 200, 1500  # rows of tables at most
 MARK = {"yes": "▲", "no": "–", "too few prompts": "?", "not run": "×"}
 NEXT = {
     "planned": "It was planned and has not begun.",
@@ -87,7 +88,7 @@ def _several(names: list[str]) -> str:
 
 def _scope(look: dict[str, Any]) -> tuple[str, str]:
     targets = look.get("provenance", {}).get("scope", {}).get("targets", [])
-    texts = [shown(target["text"]) for target in targets[:5] if target["text"] != "x"]  # the placeholder alone says nothing
+    texts = [target["text"] for target in targets[:5] if target["text"] != "x"]  # the placeholder alone says nothing
     return look["scope"], "".join(f": “{text}”" if not k else f" · “{text}”" for k, text in enumerate(texts))
 
 
@@ -112,25 +113,24 @@ def _cells(run: Run, readings: pl.DataFrame) -> str:
 # ------------------------------------------------------------------------------------------------------------- by layer
 
 
-def in_short(layers: pl.DataFrame, readings: pl.DataFrame) -> Markup:
+def short(layers: pl.DataFrame, readings: pl.DataFrame) -> Markup:
     """A line for every view: how many readings are above their controls, how many chance would give, which layers may be interpreted."""
-    rows = []
-    for look, own in layers.group_by(LOOK, maintain_order=True):
-        judged, above = int(own["above"].sum() + own["same"].sum()), int(own["above"].sum())
-        yes = own.filter(pl.col("interpret") == "yes")["source_layer"].to_list()
-        rest = own.filter(pl.col("interpret") != "yes").group_by("interpret", maintain_order=True).agg("source_layer")
-        no = "; ".join(f"{spans(numbers)} ({WORD[why]})" for why, numbers in rest.iter_rows())
+    rows: list[list[object]] = []
+    views = in_short(layers)
+    for view in views[:VIEWS]:
+        yes = spans(view.layers.get("yes", []))
+        no = "; ".join(f"{spans(numbers)} ({WORD[why]})" for why, numbers in view.layers.items() if why != "yes")
         rows.append(
             [
-                _view(look, layers),
-                f"{above:,} of {judged:,}" if judged else "not run",
-                f"≤ {SIGNIFICANT * judged:,.1f}" if judged else "",
-                _skyline(own),
-                el("span", spans(yes), cls="yes") if yes else "none",
+                scrub(view.name),
+                f"{view.above:,} of {view.judged:,}" if view.judged else "not run",
+                f"≤ {SIGNIFICANT * view.judged:,.1f}" if view.judged else "",
+                _skyline(view.table),
+                el("span", yes, cls="yes") if yes else "none",
                 no or "none",
             ]
         )
-    headings: list[object] = [
+    headings = [
         "view",
         "readings above controls",
         "by chance",
@@ -140,14 +140,9 @@ def in_short(layers: pl.DataFrame, readings: pl.DataFrame) -> Markup:
     ]
     return join(
         table(headings, rows, caption="Readings above their controls, in every view", numbers=(1, 2)),
+        _more(len(views) - VIEWS, "views"),
         el("p", *_many(readings, layers)),
     )
-
-
-def _view(look: tuple[object, ...], layers: pl.DataFrame) -> str:
-    """Part, model and scope, less what is the same everywhere."""
-    kept = [str(scrub(value)) for name, value in zip(LOOK, look, strict=True) if layers[name].n_unique() > 1]
-    return " · ".join(kept) or str(scrub(look[-1]))
 
 
 def _many(readings: pl.DataFrame, layers: pl.DataFrame) -> list[object]:
@@ -158,10 +153,10 @@ def _many(readings: pl.DataFrame, layers: pl.DataFrame) -> list[object]:
     least = float(judged["p_value"].min())  # type: ignore[arg-type]
     tests = layers.filter(pl.col("prompts") > 0).height
     return [
-        f"{judged.height:,} readings were compared with their controls. Where a text tells nothing of its source, up to one reading in twenty "
-        f"is above all the same, so up to {SIGNIFICANT * judged.height:,.1f} of these. The smallest p-value here is {least:.2g}: the best of "
-        f"{judged.height:,} cells proves nothing by itself. A layer is to be interpreted if chance would not have given as many readings "
-        f"above, corrected for the {tests:,} layers looked at, each prompt counted once. ",
+        f"{judged.height:,} readings were compared with their controls. Where a text tells nothing of its source, up to one reading "
+        f"in twenty is above all the same, so up to {SIGNIFICANT * judged.height:,.1f} of these. The smallest p-value here is "
+        f"{least:.2g}: the best of {judged.height:,} cells proves nothing by itself. A layer is to be interpreted if chance would not "
+        f"have given as many readings above, corrected for the {tests:,} layers looked at, each prompt counted once. ",
         _not_true(),
     ]
 
@@ -175,41 +170,39 @@ def _not_true() -> Markup:
 
 def every_layer(layers: pl.DataFrame) -> Markup:
     """A table for every view, a row a layer."""
-    parts = []
-    views = list(layers.group_by(LOOK, maintain_order=True))
-    for look, own in views:
-        whole = _layers(_view(look, layers), own)
-        parts.append(
-            whole if len(views) == 1 else el("details", el("summary", _view(look, layers)), whole, open="" if not parts else None)
-        )
-    return join(*parts)
+    views = in_short(layers)
+    kept = max(1, min(len(views), LAYERS * len(views) // max(layers.height, 1)))
+    tables = [_layers(scrub(view.name), view.table.head(LAYERS)) for view in views[:kept]]
+    if len(views) == 1:
+        return join(*tables, _more(layers.height - LAYERS, "layers"))
+    folded = [
+        el("details", el("summary", scrub(view.name)), whole, open=None if k else "")
+        for k, (view, whole) in enumerate(zip(views, tables, strict=False))
+    ]
+    return join(*folded, _more(len(views) - kept, "views"))
+
+
+def _more(n: int, what: str) -> Markup | None:
+    """That there are more than have room."""
+    return (
+        el("p", f"{n:,} more {what} have no room here; `patchscopes report --json` prints all.", cls="left-out")
+        if n > 0
+        else None
+    )
 
 
 def _layers(name: str, own: pl.DataFrame) -> Markup:
-    shown_only = [(key, key) for key in ("failed", "skipped", "waiting") if own[key].sum()]
-    headings: list[object] = ["layer ℓ", "readings", "above", "same", "not run", *(h for _, h in shown_only), "prompts", "share above", "", "chance", "verdict on the layer"]  # fmt: skip
-    rows = []
+    left = [key for key in ("failed", "skipped", "waiting") if own[key].sum()]
+    headings = ["layer ℓ", "readings", "above", "same", "not run", *left, "prompts", "share above", "", "chance", "the layer"]
+    rows: list[list[object]] = []
     for row in own.sort("source_layer").iter_rows(named=True):
-        share = row["share"]
-        rows.append(
-            [
-                row["source_layer"],
-                f"{row['readings']:,}",
-                f"{row['above']:,}",
-                f"{row['same']:,}",
-                f"{row['not_run']:,}",
-                *(f"{row[key]:,}" for key, _ in shown_only),
-                f"{row['prompts']:,}",
-                "" if share is None else f"{share:.0%}",
-                "" if share is None else _bar(share),
-                "" if row["chance"] is None else _small(row["chance"]),
-                el(
-                    "span", f"{MARK[row['interpret']]} {WORD[row['interpret']]}", cls="yes" if row["interpret"] == "yes" else "no"
-                ),
-            ]
-        )
-    last = len(headings) - 1
-    return table(headings, rows, caption=f"{name}: every source layer", numbers=tuple(k for k in range(last) if k != last - 2))
+        share, chance, word = row["share"], row["chance"], row["interpret"]
+        counts = [f"{row[key]:,}" for key in ("readings", "above", "same", "not_run", *left, "prompts")]
+        shares = ["", "", ""] if share is None else [f"{share:.0%}", _bar(share), _small(chance)]
+        told = el("span", f"{MARK[word]} {WORD[word]}", cls="yes" if word == "yes" else "no")
+        rows.append([row["source_layer"], *counts, *shares, told])
+    numbers = tuple(k for k, heading in enumerate(headings) if heading not in ("", "the layer"))
+    return table(headings, rows, caption=f"{name}: every source layer", numbers=numbers)
 
 
 def _bar(share: float) -> Markup:
@@ -220,23 +213,14 @@ def _bar(share: float) -> Markup:
 def _skyline(own: pl.DataFrame) -> Markup:
     """A bar for every layer, as high as its share; full where the layer may be interpreted."""
     step, high = 10, 30
-    bars = []
+    paths = {"value": "", "weak": ""}
     for k, row in enumerate(own.sort("source_layer").iter_rows(named=True)):
-        size = high * (row["share"] or 0)
-        kind = "value" if row["interpret"] == "yes" else "weak"
-        bars.append(el("rect", cls="track", x=k * step, width=step - 2, height=high))
-        bars.append(el("rect", cls=kind, x=k * step, y=f"{high - size:.1f}", width=step - 2, height=f"{size:.1f}"))
+        size = round(high * (row["share"] or 0), 1)
+        paths["value" if row["interpret"] == "yes" else "weak"] += f"M{k * step} {high}v-{size:g}h{step - 2}v{size:g}z"
     width = step * own.height
-    return el(
-        "svg",
-        *bars,
-        cls="skyline",
-        viewBox=f"0 0 {width} {high}",
-        width=min(width, 400),
-        height=high,
-        preserveAspectRatio="none",
-        aria_hidden="true",
-    )
+    whole = [el("rect", cls="track", width=width, height=high), *(el("path", cls=kind, d=d) for kind, d in paths.items() if d)]
+    box = {"viewBox": f"0 0 {width} {high}", "width": min(width, 400), "height": high}
+    return el("svg", *whole, cls="skyline", **box, preserveAspectRatio="none", aria_hidden="true")
 
 
 def _small(p: float) -> str:
