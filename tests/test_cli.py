@@ -35,7 +35,7 @@ from patchscopes.scopes import Readings
 
 CONTEXT = 160
 HEAVY = {"torch", "transformers", "polars", "matplotlib", "numpy", "safetensors", "huggingface_hub"}
-COMMANDS = ("inspect", "tokens", "check", "doctor", "bench", "demo", "organism", "organism train", "organism evaluate")
+COMMANDS = ("inspect", "tokens", "check", "doctor", "report", "figure", "bench", "demo", "organism", "organism train", "organism evaluate")
 
 
 @dataclass(frozen=True)

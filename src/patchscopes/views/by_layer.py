@@ -41,7 +41,8 @@ def by_layer(readings: pl.DataFrame) -> pl.DataFrame:
     above, same, not_run   of those that are ok, by their verdict
     prompts, share         prompts with a verdict, and the mean over them of the share of their readings that are above
     chance                 how likely at least as many are where no text tells of its source; null without verdicts
-    interpret              "yes"; "no"; "too few prompts", if even with all of them above chance could not be excluded; "not run"
+    interpret              "yes"; "no"; "too few prompts", if even with all of them above chance could not be excluded; "not run", if
+                           there are readings without verdicts only; "no readings"
     """
     judged = (pl.col("status") == "ok") & pl.col("verdict").is_in(["above", "same"])
     above = judged & (pl.col("verdict") == "above")
@@ -63,7 +64,9 @@ def by_layer(readings: pl.DataFrame) -> pl.DataFrame:
         binomial_tail(int(row["sum"]), row["prompts"], SIGNIFICANT) if row["prompts"] else None
         for row in table.iter_rows(named=True)
     ]
-    words = [_word(p, n, tests) for p, n in zip(chance, table["prompts"], strict=True)]
+    words = [
+        _word(p, n, tests) if ok else "no readings" for p, n, ok in zip(chance, table["prompts"], table["ok"], strict=True)
+    ]
     return table.drop("sum", "look").with_columns(
         pl.Series("chance", chance, pl.Float64), pl.Series("interpret", words, pl.String)
     )

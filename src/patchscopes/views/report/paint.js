@@ -165,6 +165,9 @@ function fitted(pen, words, room) {
   return low ? `${letters.slice(0, low).join("")}…` : "";
 }
 
+/** Every how many-th label has room. */
+const everyNth = (least) => [1, 2, 5, 10, 20, 50, 100, 200, 500].find((step) => step >= least) ?? 1000;
+
 function paintAxes(view, pen, colours, range) {
   const { left, bottom, cell, window: size } = view.sizes;
   const { grid } = view;
@@ -176,13 +179,13 @@ function paintAxes(view, pen, colours, range) {
   pen.textBaseline = "middle";
   pen.textAlign = "end";
   pen.fillStyle = colours.ink;
-  const every = Math.max(1, Math.ceil(16 / cell.height));
+  const every = everyNth(16 / cell.height);
   for (let r = range.rows[0]; r < range.rows[1]; r++) {
     const y = boxOf(view, { r, c: 0 }).y + cell.height / 2;
     if (r % every === 0 && y > EDGE.top && y < foot - 4) pen.fillText(String(grid.rows[r]), left - 8, y);
   }
   pen.textAlign = "center";
-  const step = Math.max(1, Math.ceil((view.whole && !grid.wide ? 40 : 24) / cell.width));
+  const step = everyNth((view.drawnWhole && !grid.wide ? 40 : 24) / cell.width);
   const words = cell.width >= 44;
   for (let c = range.columns[0]; c < range.columns[1]; c++) {
     const x = boxOf(view, { r: 0, c }).x + cell.width / 2;

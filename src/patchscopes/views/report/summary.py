@@ -20,9 +20,10 @@ WORD = {
     "no": "chance is not excluded",
     "too few prompts": "too few prompts to say",
     "not run": "controls not run",
+    "no readings": "no readings yet",
 }
 VIEWS, LAYERS = 200, 1500  # rows of tables at most
-MARK = {"yes": "▲", "no": "–", "too few prompts": "?", "not run": "×"}
+MARK = {"yes": "▲", "no": "–", "too few prompts": "?", "not run": "×", "no readings": "…"}
 NEXT = {
     "planned": "It was planned and has not begun.",
     "running": "It is running now.",
@@ -73,7 +74,7 @@ def banner(run: Run) -> Markup | None:
         return el("p", told, " ", el("code", f"patchscopes resume {name}"), " goes on.", cls="banner", role="note")
     if counts["failed"]:
         told = f"{counts['failed']:,} cells failed; they are listed below. "
-        return el("p", told, el("code", f"patchscopes resume {name} --failed"), " tries them again.", cls="banner", role="note")
+        return el("p", told, el("code", f"patchscopes retry {name}"), " tries them again.", cls="banner", role="note")
     return None
 
 
