@@ -8,7 +8,8 @@ from typing import Any
 
 import polars as pl
 
-from patchscopes.runs.folder import PLAN, ROWS, SCHEMA_VERSION, Run, write_piece, write_record, write_table
+from patchscopes.runs.folder import SCHEMA_VERSION, Run, write_piece, write_record, write_table
+from patchscopes.runs.schema import PLAN, ROWS
 
 KINDS = ("nothing", "random", "other", "mean", "text")
 VERSIONS = {"patchscopes": "0.1.0", "torch": "2.13.0"}

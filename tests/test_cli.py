@@ -34,8 +34,9 @@ from patchscopes.organisms.atlas.train import Progress, Recipe
 from patchscopes.scopes import Readings
 
 CONTEXT = 160
-HEAVY = {"torch", "transformers", "polars", "matplotlib", "numpy", "safetensors", "huggingface_hub"}
-COMMANDS = ("inspect", "tokens", "check", "doctor", "report", "figure", "bench", "demo", "organism", "organism train", "organism evaluate")
+HEAVY = {"torch", "transformers", "polars", "matplotlib", "numpy", "safetensors", "huggingface_hub", "yaml"}
+COMMANDS = ("inspect", "tokens", "check", "doctor", "bench", "demo", "organism", "organism train", "organism evaluate")
+COMMANDS += ("report", "figure", "schema", "config", "config show", "config path")
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,13 @@ import polars as pl
 import pytest
 from runs_made import make_run, said
 
+import patchscopes as ps
 from patchscopes.cli import app
-from patchscopes.core.errors import InputError, UnknownName
-from patchscopes.runs.folder import ROWS, Run, write_piece, write_record, write_table
+from patchscopes.core.errors import InputError, NotAvailableError, UnknownName
+from patchscopes.runs import open_run
+from patchscopes.runs.compare import export
+from patchscopes.runs.folder import Run, write_piece, write_record, write_table
+from patchscopes.runs.schema import ROWS
 from patchscopes.views.by_layer import binomial_tail, by_layer, planned_rows, spans
 from patchscopes.views.figure import figure
 from patchscopes.views.lines import interval
@@ -176,6 +180,38 @@ def test_without_controls_nothing_is_to_be_interpreted(tmp_path):
     found = opened(make_run(tmp_path / "run", controls=False, cell=bare))
     assert "not run: nothing here can be told from what the scope would say anyway" in found.text
     assert "controls not run" in found.text
+
+
+@pytest.fixture(scope="module")
+def readings():
+    """What atlas really says."""
+    model = ps.load("atlas")
+    source = ps.Source(model, ["We talked about France", "She lives in Peru"], position=-1, layer=[0, 4, 8])
+    return ps.scopes.extract("The capital of {x} is", layer="all", stop=["."])(source)
+
+
+def test_readings_that_were_saved_without_a_run_can_be_reported(tmp_path, readings):
+    found = opened(open_run(readings.save(tmp_path / "france")))
+    assert "neither resumed nor reproduced" in found.text and "cannot be made again by a command" in found.text
+    look = found.data["looks"][0]
+    rows = readings.readings.sort("prompt", "source_layer", "target_layer")
+    assert [found.data["strings"][k] for k in look["columns"]["text"]] == rows["text"].to_list()
+    assert set(look["controls"]) == {"nothing", "random", "other", "mean", "text"}
+    assert figure(open_run(tmp_path / "france"), tmp_path / "x.png").exists()
+
+
+def test_a_map_is_that_of_the_readings(tmp_path, readings, monkeypatch):
+    grids = []
+    monkeypatch.setattr("patchscopes.views.figure.heatmap", lambda grid, path, title: grids.append(grid))
+    figure(open_run(readings.save(tmp_path / "france")), tmp_path / "x.png", prompt=1)
+    mine, own = grids[0], readings.grid("bits_over_others", prompt=1)
+    assert (mine.values == own.values).all() and (mine.rows, mine.columns, mine.texts) == (own.rows, own.columns, own.texts)
+
+
+def test_what_was_exported_is_no_run_to_report(tmp_path):
+    export(make_run(tmp_path / "run"), tmp_path / "out", ["parquet"])
+    with pytest.raises(NotAvailableError, match=r"plan\.parquet.*give the run folder"):
+        report(open_run(tmp_path / "out"), tmp_path / "x.html")
 
 
 # -------------------------------------------------------------------------------------------------------- escaping, privacy

@@ -47,6 +47,11 @@ def bench(
             OWN_PARTS[part](s.anew(), settings, found, progress)
         elif part == "stops":
             stops_part(device, settings, found, progress)
+        elif part == "runs":
+            from patchscopes.bench.recorded import recorded_part
+
+            figures, found.floors["runs"] = recorded_part(settings.repeat, progress)
+            found.figures += figures
     return document(
         model=describe(s),
         settings={**asdict(settings), "parts": list(parts), "contestants": list(contestants)},

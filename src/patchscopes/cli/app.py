@@ -16,7 +16,21 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from patchscopes.cli import bench, check, demo, doctor, inspect, organism, report, terminal, tokens
+from patchscopes.cli import (
+    bench,
+    check,
+    config,
+    demo,
+    doctor,
+    inspect,
+    organism,
+    report,
+    reproduce,
+    runs,
+    sweep,
+    terminal,
+    tokens,
+)
 from patchscopes.core.errors import PatchscopesError, ResourceError
 
 app = typer.Typer(
@@ -30,10 +44,25 @@ app.command()(inspect.inspect)
 app.command()(tokens.tokens)
 app.command()(check.check)
 app.command()(doctor.doctor)
-app.command()(report.report)
-app.command()(report.figure)
 app.command()(bench.bench)
 app.command()(demo.demo)
+for command in (
+    sweep.sweep,
+    sweep.resume,
+    sweep.retry,
+    runs.runs,
+    runs.show,
+    runs.watch,
+    runs.logs,
+    runs.diff,
+    runs.export,
+    reproduce.reproduce,
+    report.report,
+    report.figure,
+):
+    app.command()(command)
+app.command()(config.schema)
+app.add_typer(config.app)
 app.add_typer(organism.app)
 
 

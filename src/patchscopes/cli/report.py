@@ -9,30 +9,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from patchscopes.cli.options import Json
+from patchscopes.cli.sweep import RunsFolder, WhichRun
 from patchscopes.cli.terminal import amount, print_json, say, waiting
 from patchscopes.core.files import told
 
 if TYPE_CHECKING:
     import polars as pl
 
-    from patchscopes.runs.folder import Run
-
-Which = Annotated[
-    str,
-    typer.Argument(
-        metavar="RUN", help="A run folder, or the id, the beginning of the id or the name of a run.", show_default=False
-    ),
-]
-Runs = Annotated[Path, typer.Option("--runs", help="Where runs are looked for by id and name.")]
+    from patchscopes.runs import Run
 
 
 def report(
-    run: Which,
+    run: WhichRun,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="The HTML file. Default: report.html in the run folder.", show_default=False),
     ] = None,
-    runs: Runs = Path("runs"),
+    runs: RunsFolder = Path("runs"),
     title: Annotated[str | None, typer.Option(help="Default: the experiment's name.", show_default=False)] = None,
     json: Json = False,
 ) -> None:
@@ -41,7 +34,7 @@ def report(
     It holds the map and table of its readings beside their controls, which layers may be interpreted, how it was made and whom to
     cite. The run need not be finished.
     """
-    from patchscopes.runs.folder import open_run
+    from patchscopes.runs import open_run
     from patchscopes.views.by_layer import by_layer, planned_rows
     from patchscopes.views.report import report as write
 
@@ -61,7 +54,7 @@ def report(
 
 
 def figure(
-    run: Which,
+    run: WhichRun,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The figure: .png, .svg or .pdf.", show_default=False)],
     kind: Annotated[
         str, typer.Option(help="map: one prompt, cell by cell. layers: a metric by layer, over all prompts, with 95 % intervals.")
@@ -81,7 +74,7 @@ def figure(
     position: Annotated[
         int | None, typer.Option(help="The position of a map of target layers, if there are several.", show_default=False)
     ] = None,
-    runs: Runs = Path("runs"),
+    runs: RunsFolder = Path("runs"),
 ) -> None:
     """Draw a run: the map of one prompt, or a metric by layer over all prompts.
 
@@ -93,7 +86,7 @@ def figure(
     from patchscopes.views.heatmap import require_suffix
 
     require_suffix(file)
-    from patchscopes.runs.folder import open_run
+    from patchscopes.runs import open_run
 
     found = open_run(run, runs=runs)
     options: dict[str, Any] = {"part": part, "model": model, "scope": scope, "metric": metric, "prompt": prompt}

@@ -40,7 +40,7 @@ def load_edits(path: str) -> list[Edit]:
         found = (file.metadata() or {}).get("edits")
         if found is None:
             raise InputError(f"{path} holds no edits; expected a file that save_edits wrote")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (it is no dict; clones are aligned)
     return [_made(description, str(k), tensors) for k, description in enumerate(json.loads(found))]
 
 

@@ -30,7 +30,8 @@ def load_map(path: str | Path) -> Affine:
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("map", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            # copies, because where a tensor lies in memory can change the last bits of what is computed with it
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (it is no dict)
     except (SafetensorError, json.JSONDecodeError) as e:
         raise InputError(f"{str(path)!r} could not be read as a map: {e}") from None
     if about.get("format", FORMAT) != FORMAT or about.get("kind", "affine") != "affine":

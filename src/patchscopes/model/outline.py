@@ -6,14 +6,18 @@ taken for granted: the workers that load the weights measure it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from patchscopes.core.edits import Edit
 from patchscopes.engine.check import MEANING, Ability, Capabilities
+from patchscopes.engine.edits import Placed
 from patchscopes.engine.shape import Shape, sketch
 from patchscopes.model.model import Model
+from patchscopes.model.tokens import Tokens
 
 
 @dataclass
@@ -45,6 +49,10 @@ class Outline(Model):
         self.engine = stand_in
         self.capabilities = Capabilities({name: Ability(True, 0.0, "assumed") for name in MEANING}, 0.0)
         self._given: dict[str, str] = {}
+
+    def placed(self, edits: Sequence[Edit], batch: Sequence[Tokens]) -> list[Placed]:
+        """None: where edits go is found inside the model, by those who have it."""
+        return []
 
     @property
     def shape(self) -> Shape:

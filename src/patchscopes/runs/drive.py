@@ -15,10 +15,10 @@ import polars as pl
 from patchscopes.core.errors import RefusedError, ResourceError
 from patchscopes.runs.conditions import differences
 from patchscopes.runs.events import EventLog
-from patchscopes.runs.executor import Executor, Finished, Lost, Message, Ready, Stop, Told, Working
-from patchscopes.runs.folder import Run, compact, put_piece, write_record
+from patchscopes.runs.executor import DEATHS, Executor, Finished, Lost, Message, Ready, Stop, Told, Working
+from patchscopes.runs.folder import Run, as_parquet, compact, failed, put_piece, skipped, write_record
 from patchscopes.runs.pace import Pace
-from patchscopes.runs.work import Job, Task
+from patchscopes.runs.tasks import Done, Job, Task
 
 LIVE, KEPT = 0.5, 10.0  # seconds between progress events: for those who watch, and in the file
 
@@ -92,11 +92,13 @@ class _Driving:
                 self._progress(what)
             case Finished(worker, done):
                 self._record(worker, done)
-            case Told(worker, text):
-                self.log.tell("memory", worker=worker, message=text)
+            case Told(worker, text, kind):
+                self.log.tell(kind, worker=worker, message=text)
             case Lost(worker, reason, task, given_up):
                 shard = None if task is None else task.shard
                 self.log.tell("worker", worker=worker, state="lost", message=reason, shard=shard, given_up=given_up)
+                if task is not None and given_up:
+                    self._give_up(worker, task, reason)
 
     def _admit(self, worker: str, about: dict[str, Any]) -> None:
         """RefusedError if a worker computes under other conditions than the run."""
@@ -115,7 +117,7 @@ class _Driving:
         device = next(iter(about["models"].values()))["device"]
         self.log.tell("worker", worker=worker, state="ready", device=device, machine=about["machine"]["host"])
 
-    def _record(self, worker: str, finished: Any) -> None:
+    def _record(self, worker: str, finished: Done) -> None:
         task = finished.task
         if strange := set(finished.ids) - self.ids[task.shard]:
             raise RefusedError(
@@ -139,6 +141,20 @@ class _Driving:
             attempt=task.attempt,
         )
         self._progress("reading", at_once=True)
+
+    def _give_up(self, worker: str, task: Task, reason: str) -> None:
+        """Record the readings of a task that workers die of as failed."""
+        kept = self.run.finished.filter(pl.col("status") != "failed")
+        here = self.run.plan.filter(pl.col("look") == task.look, pl.col("index").is_in(task.cells))
+        error = f"given up: {DEATHS} workers died at it, the last of {reason}"
+        common = {"attempt": task.attempt, "provenance": task.provenance}
+        rows = [
+            {**row, **common, **(failed(error) if row["control"] == "none" else skipped())}
+            for row in here.join(kept, on="cell", how="anti").iter_rows(named=True)
+        ]
+        self.pace.left.pop(task.shard, None)  # how long it took says nothing of others
+        bad = tuple((row["cell"], error) for row in rows if row["status"] == "failed")
+        self._record(worker, Done(task, as_parquet(rows), None, tuple(row["cell"] for row in rows), bad, 0.0))
 
     def _progress(self, what: str, *, at_once: bool = False) -> None:
         now = time.monotonic()

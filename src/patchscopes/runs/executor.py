@@ -9,13 +9,14 @@ Any of them may lose a worker: its task is given to another one; a task that thr
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-from patchscopes.runs.work import Done, Job, Task
+from patchscopes.runs.tasks import Done, Job, Stopped, Task
 
-DEATHS = 3  # workers that a task may cost
+DEATHS = 3  # workers that a task may cost, and times that a worker may die before it is ready
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,11 @@ class Finished:
 
 @dataclass(frozen=True)
 class Told:
-    """A worker has something to say: that it runs less at a time for want of memory."""
+    """A worker has something to say: that it runs less at a time for want of memory; or something is to be said of it."""
 
     worker: str
     message: str
+    kind: Literal["memory", "note"] = "memory"
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,24 @@ class Stop:
         self.now, self.asked, self.signal = self.asked, True, signal or self.signal
 
 
+class Queue:
+    """Tasks that wait for a worker, and how many workers each has cost."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self.waiting = deque(tasks)
+        self._deaths: Counter[Task] = Counter()
+
+    def lost(self, worker: str, reason: str, task: Task | None, hear: Hear) -> None:
+        """A worker died, at `task` if it had one. The task waits again, behind the others, until it has cost too many."""
+        if task is None:
+            return hear(Lost(worker, reason))
+        self._deaths[task] += 1
+        given_up = self._deaths[task] >= DEATHS
+        if not given_up:
+            self.waiting.append(task)
+        hear(Lost(worker, reason, task, given_up))
+
+
 class Executor(Protocol):
     """Has tasks done."""
 
@@ -103,7 +123,5 @@ class Executor(Protocol):
 
 def check_stop(stop: Stop) -> None:
     """Stopped, if work is to end at once."""
-    from patchscopes.runs.work import Stopped
-
     if stop.now:
         raise Stopped

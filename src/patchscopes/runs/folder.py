@@ -17,7 +17,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,8 @@ from patchscopes.core.errors import InputError, NotAvailableError, RefusedError,
 from patchscopes.core.files import content_hash, make_folder, told, write_json, write_whole
 from patchscopes.runs.events import Event, read_events
 from patchscopes.runs.lock import is_locked
+from patchscopes.runs.old import from_readings, prompts_of_readings, rows_of_readings
+from patchscopes.runs.schema import COORDINATES, ROWS
 
 if TYPE_CHECKING:
     from patchscopes.scopes import Readings
@@ -36,45 +38,8 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 2  # 1 was what `Readings.save` writes: one table and its provenance
 Status = Literal["planned", "running", "stopped", "partial", "done", "failed"]
 
-COORDINATES: dict[str, Any] = {
-    "cell": pl.String,
-    "part": pl.String,
-    "model": pl.String,
-    "scope": pl.String,
-    "prompt": pl.Int64,
-    "position": pl.Int64,
-    "token": pl.String,
-    "source_layer": pl.Int64,
-    "target": pl.Int64,
-    "target_layer": pl.Int64,
-    "map": pl.String,
-    "control": pl.String,
-    "draw": pl.Int64,
-}
-PLAN: dict[str, Any] = {**COORDINATES, "shard": pl.Int32, "look": pl.Int32, "index": pl.Int64, "cost": pl.Float64}
-RESULTS: dict[str, Any] = {
-    "status": pl.String,
-    "error": pl.String,
-    "text": pl.String,
-    "n_tokens": pl.Int64,
-    "next_token": pl.String,
-    "next_token_id": pl.Int64,
-    "logprob": pl.Float64,
-    "surprisal": pl.Float64,
-    "norm_ratio": pl.Float64,
-    "bits_over_nothing": pl.Float64,
-    "bits_over_random": pl.Float64,
-    "bits_over_others": pl.Float64,
-    "bits_over_text": pl.Float64,
-    "p_value": pl.Float64,
-    "verdict": pl.String,
-    "top_ids": pl.List(pl.Int64),
-    "top_logprobs": pl.List(pl.Float64),
-    "attempt": pl.Int32,
-    "provenance": pl.Int32,
-}
-ROWS = {**COORDINATES, **RESULTS}
 PIECE = re.compile(r"part-(\d+)\.(\d+|merged)-([0-9a-f]{16})\.parquet")
+EXPORTED = "table.parquet"  # what `export` writes instead of pieces
 MERGED = -1  # the attempt of a piece that was put together of others
 MANY = 128  # pieces, from which on they are put together when a run is done
 TOGETHER, GROUP = 200_000, 20_000  # rows of such a piece, and of a group that can be skipped when one layer is read
@@ -150,6 +115,11 @@ class Run:
         """Planned cells, controls among them."""
         return self.record["cells"]
 
+    @property
+    def is_old(self) -> bool:
+        """Whether the folder is of schema 1: one call of a scope, saved whole. It is read as it is, and nothing can be added to it."""
+        return not (self.path / "run.json").exists()
+
     def refresh(self) -> Run:
         """The same folder as it is now."""
         return Run(self.path)
@@ -174,6 +144,10 @@ class Run:
 
     def scan(self) -> pl.LazyFrame:
         """The finished rows, to be filtered before they are read: columns `ROWS`."""
+        if self.is_old:
+            return rows_of_readings(self.path, self.record)
+        if (exported := self.path / EXPORTED).exists():
+            return pl.scan_parquet(exported, glob=False).select(*ROWS)
         if not self.pieces:
             return pl.LazyFrame(schema=ROWS)
         rows = pl.scan_parquet([piece.path for piece in self.pieces], glob=False)
@@ -184,6 +158,8 @@ class Run:
     @cached_property
     def plan(self) -> pl.DataFrame:
         """A row a cell: columns `PLAN`."""
+        if self.is_old:
+            return self.scan().select(*COORDINATES).collect()
         return pl.read_parquet(self.path / "plan.parquet")
 
     def table(self, **where: Any) -> pl.DataFrame:
@@ -196,12 +172,16 @@ class Run:
             rows = rows.filter(pl.col(column).is_in(value if isinstance(value, (list, tuple, range)) else [value]))
         order = ["part", "model", "scope", "prompt", "position", "source_layer", "target", "target_layer", "map", "draw"]
         prompts = self.prompts.drop("ids")
-        return rows.collect().sort(order).join(prompts, on=["part", "model", "prompt"], how="left", maintain_order="left")
+        return (
+            rows.collect()
+            .sort(order, maintain_order=True)
+            .join(prompts, on=["part", "model", "prompt"], how="left", maintain_order="left")
+        )
 
     @cached_property
     def prompts(self) -> pl.DataFrame:
         """part, model, prompt (its number), prompt_text, ids, and the labels that came with it as columns."""
-        return pl.read_parquet(self.path / "prompts.parquet")
+        return prompts_of_readings(self.path, self.record) if self.is_old else pl.read_parquet(self.path / "prompts.parquet")
 
     @property
     def finished(self) -> pl.DataFrame:
@@ -244,23 +224,20 @@ class Run:
 
 def _read_record(path: Path) -> dict[str, Any]:
     file = path / "run.json"
+    if not file.exists() and (path / "readings.json").exists():
+        file = path / "readings.json"
     if not file.exists():
         raise NotAvailableError(f"no run in {str(path)!r}: expected run.json, as `patchscopes sweep` writes it")
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        version = record["schema_version"]
+        version = record["schema_version"] if file.name == "run.json" else record["format"]
     except (ValueError, KeyError, TypeError) as e:
         raise NotAvailableError(f"{str(file)!r} is no record of a run: {e or type(e).__name__}") from e
     if version > SCHEMA_VERSION:
         raise RefusedError(
             f"{str(path)!r} was written by a newer version (schema {version}; this one reads up to {SCHEMA_VERSION}). Update patchscopes"
         )
-    for step in range(version, SCHEMA_VERSION):
-        record = MIGRATIONS[step](record)
-    return record
-
-
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+    return from_readings(path, record) if version == 1 else record
 
 
 def write_piece(folder: Path, shard: int, attempt: int, rows: pl.DataFrame) -> Piece:
@@ -361,3 +338,20 @@ def open_run(which: str | Path, *, runs: str | Path = "runs") -> Run:
 def columns(rows: Sequence[dict[str, Any]], schema: dict[str, Any]) -> pl.DataFrame:
     """Rows as a table; what a row lacks is null, NaN stays NaN."""
     return pl.DataFrame([{name: row.get(name) for name in schema} for row in rows], schema=schema)
+
+
+def as_parquet(rows: Sequence[dict[str, Any]]) -> bytes:
+    """Finished rows as a file: what workers send."""
+    buffer = io.BytesIO()
+    columns(rows, ROWS).write_parquet(buffer, compression="zstd", statistics=True)
+    return buffer.getvalue()
+
+
+def failed(error: str) -> dict[str, str]:
+    """What the row of a reading says that could not be made."""
+    return {"status": "failed", "error": error}
+
+
+def skipped(why: str = "its reading failed") -> dict[str, str]:
+    """What the row of a control says that there is not."""
+    return {"status": "skipped", "error": why}

@@ -25,6 +25,21 @@ def listed(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
+def some(value: Any) -> Any:
+    """The same, of at least one."""
+    found = listed(value)
+    if not found:
+        raise InputError("found an empty list; expected at least one")
+    return found
+
+
+def ids(value: Any) -> Any:
+    """Token ids."""
+    if isinstance(value, (list, tuple)) and not value:
+        raise InputError("found an empty list; expected at least one token id")
+    return as_tuple(value)
+
+
 def as_tuple(value: Any) -> Any:
     """Lists and ranges as tuples, which is how a frozen table keeps them."""
     return tuple(value) if isinstance(value, (list, range)) else value
@@ -68,7 +83,7 @@ def layers(value: Any) -> Any:
             )
         if any(piece.count(":") == 2 and piece.split(":")[2].strip() == "0" for piece in value.split(",")):
             raise LayerError(f"found {shown(value)}, a range with a step of 0; expected a step such as 2")
-        return value.strip()
+        return int(value) if re.fullmatch(r"\s*-?\d+\s*", value) else value.strip()
     try:
         if isinstance(value, Iterable):
             found = tuple(operator.index(layer) for layer in value if not isinstance(layer, bool) or _no_layer(layer))

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from patchscopes.runs.executor import Finished, Hear, Ready, Stop, Told, Working, check_stop
-from patchscopes.runs.work import EVERY, Job, Report, Stopped, Task, Worker
+from patchscopes.runs.tasks import EVERY, Job, Report, Stopped, Task
+
+if TYPE_CHECKING:
+    from patchscopes.runs.work import Worker
 
 NAME = "here"
 
@@ -32,6 +36,8 @@ class Here:
     def run(self, job: Job, tasks: Sequence[Task], hear: Hear, stop: Stop) -> None:
         """See `Executor`."""
         if self.worker is None:
+            from patchscopes.runs.work import Worker
+
             self.worker = Worker.of(job, self.asked)
         hear(Ready(NAME, self.worker.about))
         for task in tasks:

@@ -157,7 +157,9 @@ def read_vectors(path: Path, tensor: str | None) -> tuple[Tensor, list[str]]:
                 raise InputError(f"{path.name!r} holds {len(there)} tensors ({', '.join(there[:20])}); choose one: tensor = …")
             if tensor is not None and tensor not in there:
                 raise InputError(f"{path.name!r} has no tensor {tensor!r}. {nearest(tensor, there)}")
-            rows = file.get_tensor(tensor or there[0])
+            rows = file.get_tensor(
+                tensor or there[0]
+            ).clone()  # aligned as other tensors are, so that results are equal to the last bit
             names = json.loads((file.metadata() or {}).get("labels", "[]"))
     except (SafetensorError, json.JSONDecodeError) as e:
         raise InputError(f"{str(path)!r} could not be read as safetensors: {e}") from None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from patchscopes.runs.cost import Costs
-from patchscopes.runs.folder import PLAN
+from patchscopes.runs.schema import PLAN
 from patchscopes.scopes.cells import Cell
 from patchscopes.scopes.viewing import Viewing
 

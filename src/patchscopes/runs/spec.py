@@ -25,6 +25,7 @@ from patchscopes.runs.spec_tables import (
     Models,
     ModelSpec,
     Name,
+    PromptFile,
     Prompts,
     Scopes,
     SiteName,
@@ -71,6 +72,11 @@ class Part(Table):
 class Experiment(Table):
     """What is read, through which scopes, with which controls."""
 
+    elsewhere = {  # noqa: RUF012 (a ClassVar of Table)
+        **dict.fromkeys(ModelSpec.model_fields, "model"),
+        **dict.fromkeys(PromptFile.model_fields, "prompts"),
+        **dict.fromkeys(Outputs.model_fields, "outputs"),
+    }
     name: Name = described("name", "sweep")
     model: Models = described("model", "atlas", validate_default=True)
     prompts: Prompts | None = described("prompts")

@@ -29,19 +29,20 @@ LayerText = Annotated[int | str | tuple[int, ...], BeforeValidator(grammar.layer
 TargetLayer = Annotated[
     int | str | tuple[int, ...], BeforeValidator(grammar.target_layers, json_schema_input_type=int | str | list[int])
 ]
-SiteName = Annotated[
-    Literal["resid", "attn_in", "attn_out", "mlp_in", "mlp_out"],
-    BeforeValidator(grammar.site, json_schema_input_type=Literal["resid", "attn_in", "attn_out", "mlp_in", "mlp_out"]),
-]
+_Site = Literal["resid", "attn_in", "attn_out", "mlp_in", "mlp_out"]
+SiteName = Annotated[_Site, BeforeValidator(grammar.site, json_schema_input_type=_Site)]
 WriteName = Literal["replace", "add", "add_matched"]
 Count = Annotated[int, Field(ge=1)]
 Temperature = Annotated[float, Field(ge=0)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(grammar.listed, json_schema_input_type=str | list[str])]
 Ids = Annotated[
     tuple[Annotated[int, Field(ge=0)], ...],
-    BeforeValidator(grammar.as_tuple, json_schema_input_type=list[int]),
-    Field(min_length=1),
+    BeforeValidator(grammar.ids, json_schema_input_type=list[int]),
 ]
+
+
+Preset = Literal["describe", "identity", "identity-bare", "logit-lens"]
+DtypeName = Literal["auto", "float32", "float64", "bfloat16", "float16"]
 
 
 class ModelSpec(Table):
@@ -51,7 +52,7 @@ class ModelSpec(Table):
         description="A bundled model (atlas), a folder, or a Hugging Face id."
     )
     revision: str | None = described("revision")
-    dtype: Annotated[str, BeforeValidator(grammar.dtype)] | None = described("dtype")
+    dtype: Annotated[DtypeName, BeforeValidator(grammar.dtype, json_schema_input_type=DtypeName)] | None = described("dtype")
     device: str | None = described("device")
     device_map: str | dict[str, int | str] | None = described("device_map")
     attention: str | None = described("attention")
@@ -76,8 +77,7 @@ class ModelSpec(Table):
 OneModel = Annotated[ModelSpec, BeforeValidator(grammar.model_of, json_schema_input_type=str | ModelSpec)]
 Models = Annotated[
     tuple[OneModel, ...],
-    BeforeValidator(grammar.listed, json_schema_input_type=str | ModelSpec | list[str | ModelSpec]),
-    Field(min_length=1),
+    BeforeValidator(grammar.some, json_schema_input_type=str | ModelSpec | list[str | ModelSpec]),
 ]
 
 
@@ -169,9 +169,7 @@ OneMap = Annotated[
     Discriminator(_which),
     BeforeValidator(grammar.map_of, json_schema_input_type=MapSpec),
 ]
-Maps = Annotated[
-    tuple[OneMap, ...], BeforeValidator(grammar.listed, json_schema_input_type=MapSpec | list[MapSpec]), Field(min_length=1)
-]
+Maps = Annotated[tuple[OneMap, ...], BeforeValidator(grammar.some, json_schema_input_type=MapSpec | list[MapSpec])]
 
 
 class TargetPrompt(Table):
@@ -192,8 +190,7 @@ class TargetPrompt(Table):
 OneTarget = Annotated[TargetPrompt, BeforeValidator(grammar.text_of, json_schema_input_type=str | TargetPrompt)]
 Targets = Annotated[
     tuple[OneTarget, ...],
-    BeforeValidator(grammar.listed, json_schema_input_type=str | TargetPrompt | list[str | TargetPrompt]),
-    Field(min_length=1),
+    BeforeValidator(grammar.some, json_schema_input_type=str | TargetPrompt | list[str | TargetPrompt]),
 ]
 
 
@@ -201,9 +198,7 @@ class ScopeSpec(Table):
     """A scope: a preset, or target prompts of your own. What is absent is the experiment's, and then the preset's."""
 
     name: Name | None = Field(None, description="What tables call it. Absent: the preset's name, or the prompt.")
-    preset: Literal["describe", "identity", "identity-bare", "logit-lens"] | None = Field(
-        None, description="A scope of the paper."
-    )
+    preset: Preset | None = Field(None, description="A scope of the paper.")
     prompt: Targets | None = Field(
         None, description="Target prompts; {x} marks where the state goes, or `at` says it. Several multiply out."
     )
@@ -247,9 +242,8 @@ class ScopeSpec(Table):
 
 
 _NO_SCOPE = "neither preset nor prompt was given; expected a scope's name or a prompt with {x}"
-OneScope = Annotated[ScopeSpec, BeforeValidator(grammar.scope_of, json_schema_input_type=str | ScopeSpec)]
+OneScope = Annotated[ScopeSpec, BeforeValidator(grammar.scope_of, json_schema_input_type=Preset | str | ScopeSpec)]
 Scopes = Annotated[
     tuple[OneScope, ...],
-    BeforeValidator(grammar.listed, json_schema_input_type=str | ScopeSpec | list[str | ScopeSpec]),
-    Field(min_length=1),
+    BeforeValidator(grammar.some, json_schema_input_type=Preset | str | ScopeSpec | list[Preset | str | ScopeSpec]),
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -18,6 +18,8 @@ class Table(BaseModel):
     # Numbers are no texts and texts no numbers: "5" or true where 5 belongs is a slip that should be seen.
     # Validators are built when first used, so that importing this costs little.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
+
+    elsewhere: ClassVar[Mapping[str, str]] = {}  # keys that are often put here, and the table they belong into
 
     def __init__(self, **keys: Any) -> None:
         try:
@@ -43,15 +45,17 @@ class Table(BaseModel):
             return data
         if not isinstance(data, Mapping):
             raise InputError(f"found {shown(data)}; expected a table with keys such as {', '.join(list(cls.model_fields)[:3])}")
-        require_known(data, cls.model_fields)
+        require_known(data, cls.model_fields, cls.elsewhere)
         return data
 
 
-def require_known(data: Iterable[object], known: Iterable[str]) -> None:
-    """InputError naming the first key that is not known, and the one that was probably meant."""
+def require_known(data: Iterable[object], known: Iterable[str], elsewhere: Mapping[str, str] | None = None) -> None:
+    """InputError naming the first key that is not known, and the one that was probably meant, or where it belongs."""
     known = list(known)
     for key in data:
         if key not in known:
+            if table := (elsewhere or {}).get(str(key)):
+                raise InputError(f"unknown key {str(key)!r}; it belongs into the table {table}: {table} = {{ {key} = …, … }}")
             raise InputError(f"unknown key {str(key)!r}. {nearest(str(key), known)}")
 
 
@@ -100,7 +104,6 @@ EXPECTED = {
     "greater_than": "a number above {gt}",
     "greater_than_equal": "a number of at least {ge}",
     "less_than_equal": "a number of at most {le}",
-    "too_short": "at least {min_length}",
     "literal": "{expected}",
 }
 

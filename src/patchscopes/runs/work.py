@@ -6,15 +6,12 @@ back as the bytes of a Parquet file, the same wherever they were computed.
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,58 +19,15 @@ from safetensors.torch import save
 
 from patchscopes.core.errors import PatchscopesError, ResourceError
 from patchscopes.runs.conditions import Conditions, conditions, files_of, keys, load_spec, machine
-from patchscopes.runs.documents import absolute, each_path
-from patchscopes.runs.folder import ROWS, columns
+from patchscopes.runs.folder import as_parquet, failed, skipped
 from patchscopes.runs.looks import looks
 from patchscopes.runs.plan import Seen, see
-from patchscopes.runs.spec import Experiment, Outputs
+from patchscopes.runs.spec import Outputs
+from patchscopes.runs.tasks import EVERY, Done, Job, Report, Stopped, Task, Tell
 from patchscopes.scopes.cells import Cell
 from patchscopes.scopes.viewing import Outcome
 
-Report = Callable[[float, str], None]  # (share of the task, what)
-Tell = Callable[[str], None]
-EVERY = 0.2  # seconds between two reports
-
-
-class Stopped(Exception):
-    """The work was told to stop in the middle of a shard; nothing of the shard is kept."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a worker needs to know: the experiment, resolved; its folder, against which paths of inputs are seen; what to keep."""
-
-    document: dict[str, Any]
-    folder: str
-
-    @property
-    def experiment(self) -> Experiment:
-        """The experiment, its inputs in the folder."""
-        document = each_path(self.document, lambda path, _: absolute(path, Path(self.folder)))
-        return Experiment.said(document, str(Path(self.folder) / "run.json"))
-
-
-@dataclass(frozen=True)
-class Task:
-    """Readings to be made: those numbered `cells` of a look, which belong to a shard."""
-
-    shard: int
-    look: int
-    cells: tuple[int, ...]
-    attempt: int = 0
-    provenance: int = 0
-
-
-@dataclass(frozen=True)
-class Done:
-    """What came of a task: rows as a Parquet file, tensors as a safetensors file."""
-
-    task: Task
-    rows: bytes
-    tensors: bytes | None
-    ids: tuple[str, ...]
-    failed: tuple[tuple[str, str], ...]
-    seconds: float
+__all__ = ["EVERY", "Done", "Job", "Report", "Stopped", "Task", "Tell", "Worker"]
 
 
 class Worker:
@@ -109,11 +63,9 @@ class Worker:
         with _hearing(tell):
             outcomes = list(self._read(one, cells, _Share(report, bool(one.look.controls))))
         rows = [row for outcome in outcomes for row in _rows(one, outcome, task)]
-        buffer = io.BytesIO()
-        columns(rows, ROWS).write_parquet(buffer, compression="zstd", statistics=True)
         return Done(
             task,
-            buffer.getvalue(),
+            as_parquet(rows),
             self._tensors(one, outcomes),
             tuple(row["cell"] for row in rows),
             tuple((row["cell"], row["error"]) for row in rows if row["status"] == "failed"),
@@ -175,18 +127,13 @@ def _rows(one: Seen, outcome: Outcome, task: Task) -> Iterator[dict[str, Any]]:
     for kind in one.viewing.kinds(cell):
         head = {**where, "cell": one.cell_id(cell, kind), "control": kind}
         if outcome.error is not None:
-            failed = {"status": "failed", "error": str(outcome.error)} if kind == "none" else _skipped("its reading failed")
-            yield {**head, **failed}
+            yield {**head, **(failed(str(outcome.error)) if kind == "none" else skipped())}
         elif (row := found.get(kind)) is None:
-            yield {**head, **_skipped("no other source has a finite state here")}
+            yield {**head, **skipped("no other source has a finite state here")}
         elif math.isnan(row["logprob"]):
-            yield {**row, **head, "status": "failed", "error": "the logits of the patched run are not finite (NaN or infinity)"}
+            yield {**row, **head, **failed("the logits of the patched run are not finite (NaN or infinity)")}
         else:
             yield {**row, **head, "status": "ok", "error": None}
-
-
-def _skipped(why: str) -> dict[str, str]:
-    return {"status": "skipped", "error": why}
 
 
 def _is_lost(error: BaseException) -> bool:

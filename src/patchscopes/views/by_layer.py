@@ -15,23 +15,28 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from patchscopes.controls.evidence import SIGNIFICANT
+from patchscopes.core.errors import NotAvailableError
 
 if TYPE_CHECKING:
     from patchscopes.runs.folder import Run
 
 LOOK = ("part", "model", "scope")
-ORDER = ("look", "prompt", "position", "source_layer", "target", "target_layer", "map", "draw")
+PLACE = ("prompt", "position", "source_layer", "target", "target_layer", "map", "draw")  # what tells the readings of a view apart
 
 
 def planned_rows(run: Run, *, controls: bool = False) -> pl.DataFrame:
-    """Every planned reading (or every planned control), with what became of it: `status` is "waiting" where nothing is finished yet."""
-    from patchscopes.runs.folder import PLAN, RESULTS
+    """Every planned reading (or every planned control), with what became of it: `status` is "waiting" where nothing is finished yet.
+    `look` is the number of its view, a part, model and scope. NotAvailableError for what `export` wrote, which has no plan."""
+    from patchscopes.runs.schema import RESULTS
 
+    if not run.is_old and not (run.path / "plan.parquet").exists():
+        raise NotAvailableError(f"{str(run.path)!r} has no plan.parquet, as what was exported; give the run folder it came from")
     kind = pl.col("control") != "none" if controls else pl.col("control") == "none"
-    names = [name for name in PLAN if name not in ("cell", "shard", "cost")]
     found = run.scan().filter(kind).select("cell", *RESULTS).collect()
-    rows = run.plan.filter(kind).select("cell", *names).join(found, on="cell", how="left", maintain_order="left")
-    return rows.drop("cell").with_columns(pl.col("status").fill_null("waiting")).sort(ORDER, maintain_order=True)
+    looks = pl.DataFrame([{name: look[name] for name in LOOK} for look in run.record["looks"]]).with_row_index("look")
+    plan = run.plan.filter(kind).select("cell", *LOOK, *PLACE, "token", "control")
+    rows = plan.join(looks, on=LOOK, how="left", maintain_order="left").join(found, on="cell", how="left", maintain_order="left")
+    return rows.drop("cell").with_columns(pl.col("status").fill_null("waiting")).sort("look", *PLACE, maintain_order=True)
 
 
 def by_layer(readings: pl.DataFrame) -> pl.DataFrame:
@@ -64,9 +69,7 @@ def by_layer(readings: pl.DataFrame) -> pl.DataFrame:
         binomial_tail(int(row["sum"]), row["prompts"], SIGNIFICANT) if row["prompts"] else None
         for row in table.iter_rows(named=True)
     ]
-    words = [
-        _word(p, n, tests) if ok else "no readings" for p, n, ok in zip(chance, table["prompts"], table["ok"], strict=True)
-    ]
+    words = [_word(p, n, tests) if ok else "no readings" for p, n, ok in zip(chance, table["prompts"], table["ok"], strict=True)]
     return table.drop("sum", "look").with_columns(
         pl.Series("chance", chance, pl.Float64), pl.Series("interpret", words, pl.String)
     )

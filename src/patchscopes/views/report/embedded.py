@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from patchscopes.scopes.readings import UNITS
+from patchscopes.views.by_layer import PLACE
 from patchscopes.views.report.markup import shown
 from patchscopes.views.report.scrub import scrub
 
@@ -155,10 +156,10 @@ def _prompts(run: Run, about: dict[str, Any], readings: pl.DataFrame, strings: S
 def _controls(readings: pl.DataFrame, controls: pl.DataFrame, strings: Strings) -> dict[str, Any]:
     found = {}
     for kind in KINDS:
-        rows = controls.filter(pl.col("control") == kind).select("index", "status", "text", "next_token")
+        rows = controls.filter(pl.col("control") == kind).select(*PLACE, "status", "text", "next_token")
         if rows.is_empty():
             continue
-        rows = readings.select("index").join(rows, on="index", how="left", maintain_order="left")
+        rows = readings.select(PLACE).join(rows, on=PLACE, how="left", maintain_order="left")
         found[kind] = {
             "text": strings.of(rows["text"].to_list()),
             "next_token": strings.of(rows["next_token"].to_list()),

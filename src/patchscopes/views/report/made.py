@@ -134,6 +134,8 @@ def prompts(run: Run) -> Markup:
 
 def again(run: Run) -> Markup:
     """How to make the run again, and the experiment itself."""
+    if run.spec is None:  # saved by an older version
+        return el("p", "Readings that were saved without their experiment cannot be made again by a command.")
     spec = scrub(run.spec)
     text = json.dumps(spec, ensure_ascii=False, indent=1)
     cut = len(text) > CHARACTERS

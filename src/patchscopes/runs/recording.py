@@ -27,7 +27,6 @@ from patchscopes.runs.drive import drive
 from patchscopes.runs.events import EventLog, Listener
 from patchscopes.runs.executor import Executor, Stop
 from patchscopes.runs.folder import (
-    ROWS,
     SCHEMA_VERSION,
     Run,
     open_run,
@@ -40,12 +39,14 @@ from patchscopes.runs.folder import (
 from patchscopes.runs.here import Here
 from patchscopes.runs.lock import Lock
 from patchscopes.runs.resolve import resolved, with_inputs
+from patchscopes.runs.schema import ROWS
 from patchscopes.runs.spec import Experiment
-from patchscopes.runs.work import Job, Task, Worker
+from patchscopes.runs.tasks import Job, Task
 
 if TYPE_CHECKING:
     from patchscopes.model import Model
     from patchscopes.runs.plan import Seen
+    from patchscopes.runs.work import Worker
 
 OnChange = Literal["refuse", "mark", "new"]
 
@@ -135,7 +136,7 @@ def resume(
     """
     run = open_run(which, runs=runs)
     executor = executor or Here()
-    if run.record.get("readonly"):
+    if run.is_old:
         raise RefusedError(f"{str(run.path)!r} was written by an older version and is complete; there is nothing to resume")
     with Lock(run.path / "run.lock"):
         run = run.refresh()
@@ -200,6 +201,7 @@ def _prepared(
     from patchscopes.runs.conditions import load_spec
     from patchscopes.runs.looks import looks
     from patchscopes.runs.plan import see
+    from patchscopes.runs.work import Worker
 
     specs = {spec.key: spec for spec in experiment.models()}
     here = executor if isinstance(executor, Here) else None
@@ -282,7 +284,7 @@ def _new_folder(runs: Path, name: str, question: str) -> Path:
 
 def _bring(path: Path, runs: Path, table: pl.DataFrame, found: Conditions, log: EventLog) -> int:
     """Take over rows of cells that earlier runs below `runs` finished under the same conditions; how many."""
-    from patchscopes.runs.folder import COORDINATES, RESULTS
+    from patchscopes.runs.schema import COORDINATES, RESULTS
 
     wanted = table.select("cell")
     brought = 0
