@@ -19,7 +19,7 @@ from runs_made import make_run, said
 import patchscopes as ps
 from patchscopes.cli import app
 from patchscopes.core.errors import InputError, NotAvailableError, UnknownName
-from patchscopes.runs import open_run
+from patchscopes.runs import Experiment, open_run
 from patchscopes.runs.compare import export
 from patchscopes.runs.folder import Run, write_piece, write_record, write_table
 from patchscopes.runs.schema import ROWS
@@ -237,7 +237,15 @@ def test_what_models_and_prompts_say_is_shown_and_not_interpreted(tmp_path):
 def test_no_paths_and_no_secrets(tmp_path, monkeypatch):
     folder = tmp_path / "Jane Doe" / "work" / "2026-11-20_made-up_7f3c"
     model = "/home/jane/models/my-llama"
-    command = ["patchscopes", "sweep", "/home/jane/exp.toml", "--token=hf_abcdefghijklmnop1234", "/data/x y/z"]
+    command = [
+        "patchscopes",
+        "sweep",
+        "/home/jane/exp.toml",
+        "--token=hf_abcdefghijklmnop1234",
+        "--api-key",
+        "topsecret99",
+        "/data/x y/z",
+    ]
     entry = {"conditions": {"models": {model: {"files": "x"}}}, "machines": [{"host": "janes-laptop", "command": command}]}
     run = make_run(
         folder,
@@ -249,7 +257,7 @@ def test_no_paths_and_no_secrets(tmp_path, monkeypatch):
     text = page(run)
     found = Page(text)
     everything = text + json.dumps(found.data)
-    for private in ("jane", "Jane", "hf_abc", "abcdef123456", str(tmp_path), str(Path.home()), "/data/"):
+    for private in ("jane", "Jane", "hf_abc", "abcdef123456", "topsecret99", str(tmp_path), str(Path.home()), "/data/"):
         assert private not in everything, private
     for kept in ("my-llama", "prompts.csv", "exp.toml", "y.txt"):
         assert kept in found.text
@@ -351,6 +359,13 @@ def test_one_prompt_that_is_too_big_is_cut_too(tmp_path, monkeypatch):
     text = page(run)
     assert len(text.encode()) < 125_000
     assert re.search(r"the first [\d,]+ of 4,000 readings", Page(text).text)
+
+
+def test_the_example_is_small_and_that_of_its_experiment():
+    docs = Path(__file__).resolve().parents[1] / "docs"
+    text = (docs / "example-report.html").read_text(encoding="utf-8")
+    assert len(text.encode()) < 1_500_000
+    assert Experiment.load(docs / "example-experiment.toml").digest in text
 
 
 # ------------------------------------------------------------------------------------------------------------------- by layer

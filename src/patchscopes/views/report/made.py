@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -90,8 +91,10 @@ def provenance(run: Run) -> Markup:
 
 
 def _machine(about: dict[str, Any]) -> dict[str, Any]:
-    """Without the host's name, and without the name of its kernel."""
+    """Without the host's name, and without the name of its kernel; the command as it was typed."""
     own = {key: value for key, value in about.items() if key not in PRIVATE}
+    if command := own.get("command"):
+        own["command"] = scrub(shlex.join(scrub(command)))
     if isinstance(system := own.get("system"), str):
         kind = re.search(r"x86_64|aarch64|arm64|AMD64|ppc64le|riscv64", system)
         own["system"] = " ".join([system.partition("-")[0], *([kind[0]] if kind else [])])

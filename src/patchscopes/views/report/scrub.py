@@ -11,6 +11,7 @@ TOKENS = re.compile(r"\b(?:hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[abp]-|AKIA|A
 NAMED = re.compile(
     r"(?i)(?<![a-z])((?:(?:api|access|auth|hf)[_-]?)?(?:key|token|secret|password|passwd))\s*[=:]\s*[^\s&\"',]{6,}"
 )
+OPTION = re.compile(r"(?i)(--[\w-]*(?:key|token|secret|password|passwd))[=\s]+(?!-)\S+")
 LOGIN = re.compile(r"(?<=://)[^/\s@]+:[^/\s@]+(?=@)")
 NAME = r"[^\s'\"<>|,;:()\[\]{}\\/]+"
 START = r"(?:file://)?(?:~\w*|[A-Za-z]:)?[/\\]"
@@ -31,6 +32,7 @@ def scrub(value: Any) -> Any:
 def _clean(text: str) -> str:
     home = str(Path.home())
     text = TOKENS.sub(GONE, LOGIN.sub(GONE, text))
+    text = OPTION.sub(lambda match: f"{match[1]} {GONE}", text)
     text = NAMED.sub(lambda match: f"{match[1]}={GONE}", text)
     if WHOLE.fullmatch(text) and ": " not in text:
         return _last(text)
