@@ -16,7 +16,21 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from patchscopes.cli import bench, check, config, demo, doctor, inspect, organism, reproduce, runs, sweep, terminal, tokens
+from patchscopes.cli import (
+    bench,
+    check,
+    config,
+    demo,
+    doctor,
+    inspect,
+    organism,
+    report,
+    reproduce,
+    runs,
+    sweep,
+    terminal,
+    tokens,
+)
 from patchscopes.core.errors import PatchscopesError, ResourceError
 
 app = typer.Typer(
@@ -43,6 +57,8 @@ for command in (
     runs.diff,
     runs.export,
     reproduce.reproduce,
+    report.report,
+    report.figure,
 ):
     app.command()(command)
 app.command()(config.schema)
