@@ -625,6 +625,14 @@ def test_reproduce(tmp_path):
     assert set(found.changed["column"]) == {"text", "logprob"}
 
 
+def test_an_exported_run_is_reproduced(tmp_path):
+    run = sweep({**EXPERIMENT, "scope": "describe", "layers": [2, 4]}, runs=tmp_path)
+    export(run, tmp_path / "out", ["parquet"])
+    shutil.rmtree(run.path)
+    found = reproduce(open_run(tmp_path / "out" / "run.json"), sample=3)
+    assert found.compared == found.same == 18
+
+
 def test_diff(tmp_path, atlas, whole):
     other = sweep({**EXPERIMENT, "layers": [0, 2], "seed": 5}, runs=tmp_path, models={"atlas": atlas})
     found = diff(whole, other)

@@ -15,19 +15,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from patchscopes import maps, scopes
+    from patchscopes import maps, runs, scopes
     from patchscopes.core import coordinates, edits
     from patchscopes.core.edits import Edit
     from patchscopes.core.errors import PatchscopesError
     from patchscopes.model import Model, Tokens, load
+    from patchscopes.runs import Experiment, open_run, resume, sweep
     from patchscopes.scopes import Patchscope, Readings, Source
 
 _HOMES = {
     "Edit": "patchscopes.core.edits",
+    "Experiment": "patchscopes.runs",
     "PatchscopesError": "patchscopes.core.errors",
     "Model": "patchscopes.model",
     "Tokens": "patchscopes.model",
     "load": "patchscopes.model",
+    "open_run": "patchscopes.runs",
+    "resume": "patchscopes.runs",
+    "sweep": "patchscopes.runs",
     "Patchscope": "patchscopes.scopes",
     "Readings": "patchscopes.scopes",
     "Source": "patchscopes.scopes",
@@ -36,11 +41,13 @@ _FAMILIES = {
     "coordinates": "patchscopes.core.coordinates",
     "edits": "patchscopes.core.edits",
     "maps": "patchscopes.maps",
+    "runs": "patchscopes.runs",
     "scopes": "patchscopes.scopes",
 }
 
 __all__ = [
     "Edit",
+    "Experiment",
     "Model",
     "Patchscope",
     "PatchscopesError",
@@ -51,7 +58,11 @@ __all__ = [
     "edits",
     "load",
     "maps",
+    "open_run",
+    "resume",
+    "runs",
     "scopes",
+    "sweep",
 ]
 
 

@@ -28,11 +28,12 @@ def bench(
     parts: Sequence[str],
     contestants: Sequence[str] = CONTESTANTS,
     device: str | None = None,
+    dtype: str | None = None,
     peers_python: Path | None = None,
     progress: Progress = lambda done, of, what: None,
 ) -> dict[str, Any]:
     """The report of `parts` on `model`, as `report.document` has it. Peers that are not there are told in it."""
-    s = subject(model, device=device, seed=settings.seed)
+    s = subject(model, device=device, dtype=dtype, seed=settings.seed)
     before = machine(s.device)
     found, peers = Found(), {}
     with ExitStack() as stack:
@@ -47,6 +48,11 @@ def bench(
             OWN_PARTS[part](s.anew(), settings, found, progress)
         elif part == "stops":
             stops_part(device, settings, found, progress)
+        elif part == "runs":
+            from patchscopes.bench.recorded import recorded_part
+
+            figures, found.floors["runs"] = recorded_part(settings.repeat, progress)
+            found.figures += figures
     return document(
         model=describe(s),
         settings={**asdict(settings), "parts": list(parts), "contestants": list(contestants)},

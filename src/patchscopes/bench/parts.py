@@ -5,6 +5,7 @@ stops     the same on the bundled model, with a scope's own stop strings
 prefix    what a long prefix costs: a first call on a target, and a later one
 reads     a pass that reads the residual stream at every layer against the plain pass
 memory    the peak of a grid against what its rows cannot do without
+runs      what recording costs (see `recorded`); only if asked for by name
 decoding  tokens a second of a big grid against plain `generate` of as many rows, and the share of the memory's bandwidth
 """
 
@@ -31,7 +32,7 @@ from patchscopes.core.sites import Site
 from patchscopes.engine.run import run
 from patchscopes.engine.shape import Shape, measure
 
-PARTS = ("grid", "stops", "prefix", "reads", "memory", "decoding")
+PARTS = ("grid", "stops", "prefix", "reads", "memory", "decoding", "runs")
 ON_GPU = ("decoding",)  # run on a CPU only if asked for by name
 SHORT, LONG = 20, 400  # tokens before i*
 FLOPS_GOAL = {1: 1.05}  # executed / necessary, at most; more tokens: 1.10

@@ -16,7 +16,21 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from patchscopes.cli import bench, check, config, demo, doctor, inspect, organism, reproduce, runs, sweep, terminal, tokens
+from patchscopes.cli import (
+    bench,
+    check,
+    config,
+    demo,
+    doctor,
+    inspect,
+    organism,
+    report,
+    reproduce,
+    runs,
+    sweep,
+    terminal,
+    tokens,
+)
 from patchscopes.core.errors import PatchscopesError, ResourceError
 
 app = typer.Typer(
@@ -39,9 +53,12 @@ for command in (
     runs.runs,
     runs.show,
     runs.watch,
+    runs.logs,
     runs.diff,
     runs.export,
     reproduce.reproduce,
+    report.report,
+    report.figure,
 ):
     app.command()(command)
 app.command()(config.schema)

@@ -179,6 +179,26 @@ def watch(run: WhichRun, runs: RunsFolder = Path("runs"), json: Json = False) ->
         say(f"{status}: {counts['ok']:,} ok, {counts['failed']:,} failed, {counts['waiting']:,} waiting of {found.cells:,}")
 
 
+def logs(
+    run: WhichRun,
+    shard: Annotated[
+        int | None, typer.Argument(metavar="[SHARD]", help="Only what happened to this shard.", show_default=False)
+    ] = None,
+    runs: RunsFolder = Path("runs"),
+    json: Json = False,
+) -> None:
+    """Print what happened in a run: its events, in order."""
+    from patchscopes.runs import open_run
+
+    events = [e for e in open_run(run, runs=runs).events() if shard is None or e.get("shard") == shard]
+    if json:
+        print_json(events)
+        return
+    for event in events:
+        more = "  ".join(f"{key}={value}" for key, value in event.items() if key not in ("seq", "time", "kind"))
+        print(f"{event['seq']:>6}  {event['time'][:19]}  {event['kind']:<9}  {more}")
+
+
 def diff(
     before: Annotated[str, typer.Argument(metavar="A", help="A run.")],
     after: Annotated[str, typer.Argument(metavar="B", help="Another one.")],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +14,13 @@ import polars as pl
 from patchscopes.core.errors import InputError, RefusedError
 from patchscopes.runs.conditions import differences
 from patchscopes.runs.folder import Run
+from patchscopes.runs.resolve import INPUTS
 from patchscopes.runs.schema import COORDINATES, RESULTS
 
 TEXTS = ("status", "text", "next_token_id", "verdict")  # what must be equal
 NUMBERS = tuple(name for name, kind in RESULTS.items() if kind == pl.Float64)
 TOLERANCE = 1e-3  # nats, bits, ratios: more than batches and machines of one kind change in float32
+TOGETHER = 256  # readings that are computed again at a time
 WHERE = tuple(name for name in COORDINATES if name != "cell")
 
 
@@ -89,31 +93,38 @@ def reproduce(
     tolerance: float = TOLERANCE,
     progress: Callable[[int, int, str], None] = lambda done, of, what: None,
 ) -> Comparison:
-    """Compute some readings of a run again, here and now, with their controls, and compare. sample: how many; None: all. The folder
-    stays as it is. InputError if nothing of it is finished."""
+    """Compute some readings of a run, or of what `export` made of it, again, here and now, with their controls, and compare.
+    sample: how many; None: all. The folder stays as it is. InputError if nothing of it is finished."""
     from patchscopes.runs.work import Job, Task, Worker
 
     if run.is_old:
         raise RefusedError(
             f"{str(run.path)!r} was saved by an older version, without its experiment; it cannot be computed again"
         )
-    done = run.plan.join(run.finished.filter(pl.col("status") == "ok"), on="cell", how="semi")
-    readings = done.filter(pl.col("control") == "none").select("look", "index", "shard")
-    if readings.is_empty():
+    done = set(run.scan().filter((pl.col("status") == "ok") & (pl.col("control") == "none")).select("cell").collect()["cell"])
+    if not done:
         raise InputError(f"the run {run.id} has no finished reading to reproduce")
-    if sample is not None and sample < len(readings):
-        readings = readings.sample(sample, seed=seed)
     worker = Worker.of(Job(run.spec, str(run.path)), device)
-    found = []
-    groups = list(readings.group_by("look", "shard", maintain_order=True).agg("index").iter_rows())
-    for k, (look, shard, cells) in enumerate(groups):
-        progress(k, len(groups), "computing again")
-        found.append(pl.read_parquet(worker.do(Task(shard, look, tuple(sorted(cells)))).rows))
-    again = pl.concat(found)
-    before = run.scan().join(again.lazy().select("cell"), on="cell", how="semi").collect()
-    if before.is_empty():
+    there = [
+        (look, k)
+        for look, one in enumerate(worker.seen)
+        for k, cell in enumerate(one.viewing.cells)
+        if one.cell_id(cell, "none") in done
+    ]
+    if not there:
         changed = "; ".join(differences(run.provenance[-1]["conditions"], worker.conditions)) or "nothing that is recorded"
         raise InputError(f"none of the cells is the same cell any more: what changed is {changed}")
+    if sample is not None and sample < len(there):
+        there = sorted(random.Random(seed).sample(there, sample))
+    found = []
+    for start in range(0, len(there), TOGETHER):
+        progress(start, len(there), "computing again")
+        some = there[start : start + TOGETHER]
+        for look in dict.fromkeys(look for look, _ in some):
+            cells = tuple(k for other, k in some if other == look)
+            found.append(pl.read_parquet(worker.do(Task(0, look, cells)).rows))
+    again = pl.concat(found)
+    before = run.scan().join(again.lazy().select("cell"), on="cell", how="semi").collect()
     return compare(
         before,
         again,
@@ -141,4 +152,6 @@ def export(run: Run, folder: Path, formats: Sequence[str]) -> list[Path]:
                 table.write_ndjson(path)
         written.append(path)
     write_json(folder / "run.json", run.record)
+    if (run.path / INPUTS).is_dir():
+        shutil.copytree(run.path / INPUTS, folder / INPUTS, dirs_exist_ok=True)
     return [*written, folder / "run.json"]

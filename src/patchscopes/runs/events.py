@@ -53,10 +53,9 @@ class EventLog:
 
     def close(self) -> None:
         """Let the file go, on disk."""
-        with told(self.path):
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+        with told(self.path), self._file as file:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_events(path: Path) -> Iterator[Event]:

@@ -39,6 +39,7 @@ SCHEMA_VERSION = 2  # 1 was what `Readings.save` writes: one table and its prove
 Status = Literal["planned", "running", "stopped", "partial", "done", "failed"]
 
 PIECE = re.compile(r"part-(\d+)\.(\d+|merged)-([0-9a-f]{16})\.parquet")
+EXPORTED = "table.parquet"  # what `export` writes instead of pieces
 MERGED = -1  # the attempt of a piece that was put together of others
 MANY = 128  # pieces, from which on they are put together when a run is done
 TOGETHER, GROUP = 200_000, 20_000  # rows of such a piece, and of a group that can be skipped when one layer is read
@@ -149,6 +150,8 @@ class Run:
         """The finished rows, to be filtered before they are read: columns `ROWS`."""
         if self.is_old:
             return rows_of_readings(self.path, self.record)
+        if (exported := self.path / EXPORTED).exists():
+            return pl.scan_parquet(exported, glob=False).select(*ROWS)
         if not self.pieces:
             return pl.LazyFrame(schema=ROWS)
         rows = pl.scan_parquet([piece.path for piece in self.pieces], glob=False)
