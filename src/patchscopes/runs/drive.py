@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -123,9 +124,7 @@ class _Driving:
             raise RefusedError(
                 f"the worker {worker} computed {len(strange)} cells that are not of shard {task.shard}: its models or files are others"
             )
-        if finished.tensors is not None:  # first: rows say that all is there
-            put_piece(self.run.path, task.shard, task.attempt, finished.tensors, tensors=True)
-        put_piece(self.run.path, task.shard, task.attempt, finished.rows)
+        put_done(self.run.path, finished)
         self.done += len(finished.ids)
         self.failed += len(finished.failed)
         self.pace.finished(task.shard, finished.seconds)
@@ -176,6 +175,13 @@ class _Driving:
             eta=None if eta is None else [round(t, 1) for t in eta],
             what=what,
         )
+
+
+def put_done(folder: Path, done: Done) -> None:
+    """Add what came of a task to a run folder."""
+    if done.tensors is not None:  # first: rows say that all is there
+        put_piece(folder, done.task.shard, done.task.attempt, done.tensors, tensors=True)
+    put_piece(folder, done.task.shard, done.task.attempt, done.rows)
 
 
 @contextlib.contextmanager

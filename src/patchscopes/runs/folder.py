@@ -92,6 +92,10 @@ class Run:
     def status(self) -> Status:
         """planned, running, stopped (also if its process was killed), partial (some cells failed), done."""
         status = self.record["status"]
+        if (parts := self.path / "events.d").exists():  # work without anyone who drives it, see `parts`
+            if any(is_locked(lock) for lock in parts.glob("*.lock")):
+                return "running"
+            status = "running" if status == "planned" else status
         return "stopped" if status == "running" and not is_locked(self.path / "run.lock") else status
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import portalocker
 
 from patchscopes.core.errors import RefusedError
 from patchscopes.core.files import told
+
+TRIES, PAUSE = 5, 0.02  # before a lock is taken to be held; seconds between
 
 
 class Lock:
@@ -23,14 +26,19 @@ class Lock:
         with told(self.path):
             self._file = open(self.path, "a+b")
         kind = portalocker.LockFlags.SHARED if self.shared else portalocker.LockFlags.EXCLUSIVE
-        try:
-            portalocker.lock(self._file, kind | portalocker.LockFlags.NON_BLOCKING)
-        except portalocker.LockException as e:
-            self._file.close()
-            raise RefusedError(
-                f"another process works on {str(self.path.parent)!r}; expected one at a time. Wait for it or stop it; `patchscopes show` "
-                "reads the folder meanwhile"
-            ) from e
+        for left in reversed(range(TRIES)):
+            try:
+                portalocker.lock(self._file, kind | portalocker.LockFlags.NON_BLOCKING)
+                break
+            except portalocker.LockException as e:
+                if left:  # `is_locked` holds locks for a moment
+                    time.sleep(PAUSE)
+                    continue
+                self._file.close()
+                raise RefusedError(
+                    f"another process works on {str(self.path.parent)!r}; expected one at a time. Wait for it or stop it; `patchscopes "
+                    "show` reads the folder meanwhile"
+                ) from e
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -8,7 +8,9 @@ given to another worker.
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -32,7 +34,8 @@ TRAVELS = ("HF_HUB_OFFLINE", "PATCHSCOPES_NO_HOST")  # environment variables tha
 class OnRay:
     """An actor a device.
 
-    address  of the cluster, as `ray.init` takes it; None: that of RAY_ADDRESS, or a cluster on this machine, or one started here
+    address  of the cluster, as `ray.init` takes it: "host:port", "auto" for one that runs on this machine, "local" for one that is started
+             for this work and ends with it; None: RAY_ADDRESS, or "local"
     workers  how many; default: as many as there is room for, more when nodes join
     gpus     that each takes: 0, a part of one, or several for a model that is spread over them; default: 1 if the cluster has any
     cpus     that each takes
@@ -117,19 +120,17 @@ class OnRay:
             raise NotAvailableError("Ray is not installed. Get it with: pip install 'patchscopes[ray]'") from e
         if ray.is_initialized():
             return ray
+        where = self.address or os.environ.get("RAY_ADDRESS") or "local"
         quiet: Any = {"log_to_driver": False, "logging_level": "ERROR"}
+        if where == "local":
+            quiet["include_dashboard"] = False
         main = threading.current_thread() is threading.main_thread()
         before = signal.getsignal(signal.SIGTERM) if main else None
         try:
-            try:
-                ray.init(address=self.address or "auto", **quiet)
-            except ConnectionError:
-                if self.address not in (None, "local") or os.environ.get("RAY_ADDRESS"):
-                    raise
-                ray.init(address="local", include_dashboard=False, **quiet)
-                self._ours = True
-        except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as e:
-            where = self.address or os.environ.get("RAY_ADDRESS") or "this machine"
+            _require_listener(where)
+            ray.init(address=where, **quiet)
+            self._ours = where == "local"
+        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as e:
             raise NotAvailableError(
                 f"there is no Ray cluster to work on at {where}: {_first_line(e)}. Expected one that `ray start` started with the same "
                 "versions of Ray and Python and, if it asks for one, its token (RAY_AUTH_MODE=token, ~/.ray/auth_token)"
@@ -251,12 +252,20 @@ def _end(ray: Any, crew: Sequence[_Member]) -> None:
         member.end()
 
 
+def _require_listener(address: str) -> None:
+    """OSError if nobody listens at host:port; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "://" not in address:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+
+
 def _nodes(ray: Any) -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
 def _first_line(error: BaseException) -> str:
     """What an error says; of a dead actor also why it died, which stands in another line."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # Ray colours some
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
     told = [line for k, line in enumerate(lines) if k == 0 or line.startswith(("The actor ", "ModuleNotFoundError"))]
     return " ".join(told)[:300].rstrip(".") or type(error).__name__
