@@ -322,6 +322,12 @@ def test_random_models_are_as_big_as_asked() -> None:
     assert 1e6 < blocks < 9e6
 
 
+def test_random_models_are_made_in_the_format_asked_for() -> None:
+    assert subject(TINY, device="cpu").dtype == torch.float32
+    found = subject(TINY, device="cpu", dtype="bfloat16")
+    assert {p.dtype for p in found.hf.parameters()} == {found.dtype} == {torch.bfloat16}
+
+
 # ---------------------------------------------------------------------------------------------------------------- command
 
 
@@ -368,6 +374,7 @@ WRONG = [
     (("--model", "llama:huge"), "llama:160m"),
     (("--peers-python", "nowhere/python"), "make bench-peers"),
     (("--device", "toaster"), "expected cpu"),
+    (("--dtype", "bflaot16"), "Did you mean 'bfloat16'"),
     (("--repeat", "0"), "--repeat"),
 ]
 

@@ -26,6 +26,7 @@ import patchscopes as ps
 from patchscopes.core.errors import InputError, NotAvailableError, PatchscopesError, RefusedError, SiteError
 from patchscopes.engine.check import MEANING
 from patchscopes.engine.engine import Engine
+from patchscopes.engine.tolerance import tolerance
 from patchscopes.model import checked as remembered
 from patchscopes.model import model as model_module
 
@@ -611,6 +612,19 @@ class TestWhatItSays:
     def test_provenance_of_another_architecture(self) -> None:
         llama, mamba = loaded("llama").provenance(), loaded("mamba").provenance()
         assert {key for key in llama if llama[key] != mamba[key]} >= {"model", "weight_hash", "architecture", "route"}
+
+
+def test_what_rounding_allows_depends_on_how_the_device_multiplies() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert tolerance(torch.float32, cpu) == tolerance(torch.float32, gpu) == tolerance(torch.float64, gpu) == 1e-4
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            assert tolerance(torch.float32, gpu) == tolerance(torch.float16, gpu) == 2e-2
+            assert tolerance(torch.float32, cpu) == tolerance(torch.float64, gpu) == 1e-4
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class TestRememberedCheck:

@@ -11,12 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from patchscopes.bench.work import Answer, Work
-
-TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 2e-2}  # of the largest logit
 
 Ask = Callable[[Work, int, list[int]], Tensor]  # (work, row, tokens said) -> logits [vocab] of a full patched pass
 

@@ -28,11 +28,12 @@ def bench(
     parts: Sequence[str],
     contestants: Sequence[str] = CONTESTANTS,
     device: str | None = None,
+    dtype: str | None = None,
     peers_python: Path | None = None,
     progress: Progress = lambda done, of, what: None,
 ) -> dict[str, Any]:
     """The report of `parts` on `model`, as `report.document` has it. Peers that are not there are told in it."""
-    s = subject(model, device=device, seed=settings.seed)
+    s = subject(model, device=device, dtype=dtype, seed=settings.seed)
     before = machine(s.device)
     found, peers = Found(), {}
     with ExitStack() as stack:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from patchscopes.core.errors import UnknownName
 from patchscopes.engine.check import check
@@ -67,16 +67,17 @@ class Subject:
         self.tokenizer.save_pretrained(folder)
 
 
-def subject(name: str, *, device: str | None = None, seed: int = 0) -> Subject:
-    """The model of that name, on `device`. UnknownName for a size that is none; NotAvailableError for a model that is not there."""
+def subject(name: str, *, device: str | None = None, dtype: str | None = None, seed: int = 0) -> Subject:
+    """The model of that name, on `device`, in `dtype` (None: as `load` has it; random ones in float32). UnknownName for a size that is
+    none; NotAvailableError for a model that is not there."""
     family, _, size = name.partition(":")
     if name == "gpt2-small":
         family, size = "gpt2", "12x768"
     if family in ("gpt2", "llama") and size:
-        return _random(name, _config(name, family, size), device, seed)
+        return _random(name, _config(name, family, size), device, dtype, seed)
     from patchscopes.model import load
 
-    model = load(name, device=device)
+    model = load(name, device=device, dtype=dtype)
     _say_on(model.hf)
     return Subject(name, model.hf, model.tokenizer, model.engine, model.decode, model.end_ids)
 
@@ -124,22 +125,23 @@ def _size(name: str, size: str) -> tuple[int, int]:
     )
 
 
-def _random(name: str, config: Any, device: str | None, seed: int) -> Subject:
+def _random(name: str, config: Any, device: str | None, dtype: str | None, seed: int) -> Subject:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     config.bos_token_id = config.eos_token_id = None
     config.pad_token_id = 0
     config.initializer_range = STD
-    with torch.random.fork_rng():
+    kind = torch.float32 if dtype in (None, "auto") else getattr(torch, dtype)
+    with torch.random.fork_rng(), torch.device(device):  # made where it runs: billions of weights take minutes on a CPU
         torch.manual_seed(seed)
-        hf: Any = (GPT2LMHeadModel if config.model_type == "gpt2" else LlamaForCausalLM)(config)
-    hf = hf.to(device).eval().requires_grad_(False)
+        hf: Any = AutoModelForCausalLM.from_config(config, dtype=kind)
+    hf = hf.eval().requires_grad_(False)
     _say_on(hf)
     vocab = {f"t{i}": i for i in range(config.vocab_size)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(vocab, unk_token="t0")), pad_token="t0", bos_token="t0", eos_token="t0"
     )
-    engine = Engine(hf, torch.device(device))
+    engine = Engine(hf)
     engine.packing = check(engine, next(hf.parameters()).dtype).packing  # as a loaded model has it
     return Subject(name, hf, tokenizer, engine)
 

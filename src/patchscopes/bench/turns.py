@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from patchscopes.bench.agreement import TOLERANCE, Agreement, compare, worst
+from patchscopes.bench.agreement import Agreement, compare, worst
 from patchscopes.bench.contestants import Contestant, answer_of
 from patchscopes.bench.models import Subject
 from patchscopes.bench.peer import PeerError
 from patchscopes.bench.work import Answer, Work
+from patchscopes.engine.tolerance import tolerance
 
 REFERENCES = ("one_at_a_time", "hooks", "prefix_cache")  # the obvious computations, the most obvious first
 
@@ -121,13 +122,13 @@ def _agreement(
     name: str, answer: Answer, answers: dict[str, Answer], scores: dict[str, Score], subject: Subject, work: Work
 ) -> Agreement:
     """With the most obvious computation that ran; of sampled cells, with each of the obvious ones."""
-    tolerance = TOLERANCE.get(subject.dtype, 1e-4)
+    allowed = tolerance(subject.dtype, subject.device)
     references = [r for r in REFERENCES if r in answers and r != name]
     if not references:
         return Agreement(True, 0.0, 0, (), "")
     some = [r for r in references if scores[r].sampled]
     rest = [r for r in references if not scores[r].sampled][:1]
-    return worst([compare(answer, answers[r], work, _full_pass(subject), tolerance) for r in some + rest])
+    return worst([compare(answer, answers[r], work, _full_pass(subject), allowed) for r in some + rest])
 
 
 def _full_pass(subject: Subject) -> Callable[[Work, int, list[int]], Tensor]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from patchscopes.cli.options import Device, Json, require_device
+from patchscopes.cli.options import DTYPES, Device, Json, require_device
 from patchscopes.cli.terminal import Progress, data, print_json, progress, say
 from patchscopes.core.errors import InputError, UnknownName, nearest
 from patchscopes.core.files import make_folder, told
@@ -62,6 +62,12 @@ def bench(
         typer.Option(help="A Python that has the peers. Default: the one of .venv-peers, else this one.", show_default=False),
     ] = None,
     device: Device = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype", help=f"{', '.join(DTYPES)}. Default: float32 for random models and on a CPU.", show_default=False
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of random weights, targets and vectors.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON document to this file.", show_default=False)] = None,
     json: Json = False,
@@ -82,6 +88,8 @@ def bench(
         raise InputError(f"there is no Python at {peers_python}; make bench-peers makes one at .venv-peers/bin/python")
     if device is not None:
         require_device(device)
+    if dtype is not None and dtype not in DTYPES:
+        raise UnknownName(f"unknown dtype {dtype!r}. {nearest(dtype, DTYPES)}")
     if out is not None:
         make_folder(out.parent)
     import torch
@@ -106,6 +114,7 @@ def bench(
             parts=asked,
             contestants=names,
             device=device,
+            dtype=dtype,
             peers_python=peers_python,
             progress=_also_in_words(bar),
         )

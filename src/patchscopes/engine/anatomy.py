@@ -195,12 +195,13 @@ def _trace(run: Callable[[Tensor], Any], blocks: list[nn.Module], ids: Tensor) -
 
 def _writers(b: int, trace: _Trace) -> tuple[tuple[Writer, ...], float]:
     """The writers of block b, in running order, and a of the formula; () and 1 if no set of at most three explains what the block adds."""
-    before, after = trace.inputs[b].double().flatten(), trace.outputs[b].double().flatten()
+    start, end = trace.inputs[b].cpu(), trace.outputs[b].cpu()  # on a GPU torch solves no least squares of deficient rank
+    before, after = start.double().flatten(), end.double().flatten()
     candidates: list[tuple[str, nn.Module, Tensor]] = []
     for path, module, out in trace.inside[b]:
         if out.numel() != after.numel():
             continue
-        value = out.double().flatten()
+        value = out.cpu().double().flatten()
         same = next((i for i, (_, _, other) in enumerate(candidates) if torch.equal(other, value)), None)
         if same is None:
             candidates.append((path, module, value))
@@ -208,17 +209,17 @@ def _writers(b: int, trace: _Trace) -> tuple[tuple[Writer, ...], float]:
             candidates[same] = (path, module, value)
     columns = torch.stack([before, *(value for _, _, value in candidates)])
     gram, aim = columns @ columns.T, columns @ after
-    coarse = trace.outputs[b].dtype in COARSE
+    coarse = end.dtype in COARSE
     for size in (1, 2, 3):
         fits = []
         for chosen in itertools.combinations(range(1, len(columns)), size):
             index = torch.tensor([0, *chosen])
             c = torch.linalg.lstsq(gram[index][:, index], aim[index], driver="gelsd").solution
             error = (c @ columns[index] - after).norm() / after.norm()
-            if error >= (COARSE[trace.outputs[b].dtype] if coarse else TOLERANCE) or c.abs().min() <= 1e-3:
+            if error >= (COARSE[end.dtype] if coarse else TOLERANCE) or c.abs().min() <= 1e-3:
                 continue
             numbers = [_plain(float(x), 2 if coarse else 3, 2e-2 if coarse else 1e-4) for x in c]
-            if coarse and not _replays(trace.inputs[b], [candidates[i - 1][2] for i in chosen], numbers, trace.outputs[b]):
+            if coarse and not _replays(start, [candidates[i - 1][2] for i in chosen], numbers, end):
                 continue
             depth = sum(candidates[i - 1][0].count(".") for i in chosen)
             fits.append((float((c[1:] - c[1]).abs().max()) > (2e-2 if coarse else 1e-3), depth, chosen, numbers))

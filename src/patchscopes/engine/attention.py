@@ -123,14 +123,18 @@ def attend_tapped(
 
 def match(query: Float[Tensor, "batch head q d"], key: Float[Tensor, "batch kv_head k d"]) -> Float[Tensor, "batch head q k"]:
     """q kᵀ. Heads that share keys (GQA) come one after the other, so they are folded into the queries, and no key is repeated."""
-    grouped = query.unflatten(1, (key.shape[1], -1))
-    return torch.matmul(grouped.flatten(2, 3), key.transpose(-1, -2)).unflatten(2, grouped.shape[2:4]).flatten(1, 2)
+    return torch.matmul(_grouped(query, key), key.transpose(-1, -2)).reshape(*query.shape[:3], -1)
 
 
 def mix(pattern: Float[Tensor, "batch head q k"], value: Float[Tensor, "batch kv_head k d"]) -> Float[Tensor, "batch head q d"]:
     """pattern · v, heads that share values folded into the queries."""
-    grouped = pattern.unflatten(1, (value.shape[1], -1))
-    return torch.matmul(grouped.flatten(2, 3), value).unflatten(2, grouped.shape[2:4]).flatten(1, 2)
+    return torch.matmul(_grouped(pattern, value), value).reshape(*pattern.shape[:3], -1)
+
+
+def _grouped(x: Float[Tensor, "batch head q d"], other: Tensor) -> Float[Tensor, "batch kv_head grouped d"]:
+    batch, heads, queries, width = x.shape
+    kv_heads = other.shape[1]
+    return x if heads == kv_heads else x.reshape(batch, kv_heads, heads // kv_heads * queries, width)
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
@@ -164,12 +168,15 @@ def switched(model: Any) -> Iterator[None]:
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
     before = [(config, config._attn_implementation) for config in configs if hasattr(config, "_attn_implementation")]
     log = logging.getLogger("transformers.modeling_utils")
-    quiet = log.level
-    log.setLevel(logging.ERROR)  # a family that cannot be switched is no news to warn of: it keeps its own attention
+    log.addFilter(_is_error)  # a family that cannot be switched is no news to warn of: it keeps its own attention
     try:
         model.set_attn_implementation(NAME)
         yield
     finally:
         for config, implementation in before:
             config._attn_implementation = implementation
-        log.setLevel(quiet)
+        log.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR

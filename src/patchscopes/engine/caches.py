@@ -82,8 +82,9 @@ class OwnLayer(DynamicLayer):
         self.buffers = (new[0], new[1])
 
     def _copy_prefix(self, buffer: Tensor, prefix: Tensor, rows: Sequence[int]) -> None:
-        index = torch.tensor([self.seats.of[r] for r in rows], device=prefix.device)
-        buffer[rows[0] : rows[-1] + 1, :, : self.head] = prefix.index_select(0, index)
+        if len(prefix) > 1:
+            prefix = prefix.index_select(0, torch.tensor([self.seats.of[r] for r in rows], device=prefix.device))
+        buffer[rows[0] : rows[-1] + 1, :, : self.head] = prefix
 
     def complete(self, base: OwnLayer, seats: Seats, base_row: Sequence[int]) -> None:
         """All rows: those that have not run through the block own what rows base_row of `base` own."""
@@ -100,8 +101,9 @@ class OwnLayer(DynamicLayer):
         assert self.buffers is not None
         missing = range(present, self.rows)
         for k, (buffer, source) in enumerate(zip(self.buffers, sources, strict=True)):
-            index = torch.tensor([base_row[r] for r in missing], device=source.device)
-            buffer[present:, :, self.head : self.head + self.own] = source.index_select(0, index)
+            if len(source) > 1:
+                source = source.index_select(0, torch.tensor([base_row[r] for r in missing], device=source.device))
+            buffer[present:, :, self.head : self.head + self.own] = source
             if self.head and present:
                 assert self.prefix is not None
                 self._copy_prefix(buffer, self.prefix.keys if k == 0 else self.prefix.values, missing)

@@ -23,10 +23,10 @@ from patchscopes.engine.hooks import Handle, hooked, on_output
 from patchscopes.engine.packing import Packing
 from patchscopes.engine.patch import Route, Stem, next_logits
 from patchscopes.engine.rows import Row
+from patchscopes.engine.tolerance import tolerance as tolerance_of
 
 PROMPT = 12  # tokens, fewer if the context is shorter
 STEPS = 3  # tokens decoded after it
-SHARE_OF_LARGEST = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 
 MEANING = {
     "own_pass": "passes with the positions that are given explicitly equal the model's own",
@@ -98,7 +98,7 @@ class Capabilities:
 @torch.no_grad()
 def check(engine: Engine, dtype: torch.dtype) -> Capabilities:
     """Measure all abilities. Random numbers are seeded; the model is left as it was."""
-    tolerance = SHARE_OF_LARGEST.get(dtype, 1e-4)
+    tolerance = tolerance_of(dtype, engine.device)
     generator = torch.Generator().manual_seed(0)
     top = engine.n_layers
     low = min(3, engine.vocab - 1)

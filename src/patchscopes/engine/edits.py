@@ -172,7 +172,11 @@ def _edited_edges(x: Float[Tensor, "batch head query key"], edits: Sequence[Plac
             if not queries or not keys:
                 continue
             new = x.clone() if new is None else new
-            heads = torch.arange(x.shape[1], device=x.device) if edit.site.head is None else torch.tensor([edit.site.head])
+            heads = (
+                torch.arange(x.shape[1], device=x.device)
+                if edit.site.head is None
+                else torch.tensor([edit.site.head], device=x.device)
+            )
             q = torch.tensor([c for c, _ in queries], device=x.device)
             k = torch.tensor([c for c, _ in keys], device=x.device)
             where = (row, heads[:, None, None], q[:, None], k)

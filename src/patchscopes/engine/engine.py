@@ -107,6 +107,11 @@ class Engine:
         return frozenset({self.device, *(p.device for p in self.model.parameters())})
 
     @cached_property
+    def fuses(self) -> bool:
+        """Whether attention over copies runs in one kernel that is as fast at every new length: float32 on CUDA (see `patch.COPIES`)."""
+        return self.device.type == "cuda" and next(self.model.parameters()).dtype == torch.float32
+
+    @cached_property
     def parts(self) -> AllParts:
         """What is inside the blocks, measured when it is first asked for."""
         ids = torch.arange(1, 9, device=self.device).remainder(self.vocab).unsqueeze(0)
@@ -169,7 +174,7 @@ class Engine:
         if cache is not None and self.anatomy.cache_name is not None:
             kwargs[self.anatomy.cache_name] = cache
         if keep is not None and self.anatomy.takes_keep:
-            kwargs["logits_to_keep"] = torch.tensor(list(keep), dtype=torch.long, device=ids.device)
+            kwargs["logits_to_keep"] = _indices(keep, ids.device)
         logits = self.model(use_cache=cache is not None, **kwargs).logits
         if keep is not None and not self.anatomy.takes_keep:
             logits = logits[:, list(keep)]
@@ -390,6 +395,14 @@ class Engine:
         """The model's logits when nothing but the tokens is said to it."""
         given = self.given.inputs(len(ids)) if isinstance(self.given, Encoded) else {}
         return self.model(**{"decoder_input_ids" if self.encodes else "input_ids": ids}, **given, use_cache=False).logits
+
+
+def _indices(keep: Sequence[int], device: torch.device) -> Tensor:
+    """As a tensor: a range is made where it is needed, since a GPU would be waited for if it were brought there."""
+    first = keep[0] if keep else 0
+    if list(keep) == list(range(first, first + len(keep))):
+        return torch.arange(first, first + len(keep), device=device)
+    return torch.tensor(list(keep), dtype=torch.long, device=device)
 
 
 def _was_returned(name: object) -> bool:

@@ -26,10 +26,13 @@ Tell = Callable[[str], None]
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated: of the GPU, with what torch holds and does not use; of the machine, or of its control group."""
+    """Bytes that can still be allocated: of the GPU, or of this process's share of it, with what torch holds and does not use; of the
+    machine, or of its control group."""
     if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + held
+        free, total = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device)
+        left = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved
+        return max(0, min(free, left)) + reserved - torch.cuda.memory_allocated(device)
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     found = [n for n in (_available(), _left_in_group()) if n is not None]

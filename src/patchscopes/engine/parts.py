@@ -29,8 +29,8 @@ from patchscopes.engine.attention import SLOT, switched
 from patchscopes.engine.classic import count_heads
 from patchscopes.engine.hooks import Handle, first_input, first_tensor, hooked, on_arguments
 from patchscopes.engine.state_space import sites_of
+from patchscopes.engine.tolerance import tolerance
 
-OURS = {torch.bfloat16: 6e-2, torch.float16: 2e-2}  # how far our attention function may be from the model's own; else 1e-4
 FITS = 1e-4  # relative error below which a module is what its formula says
 
 
@@ -109,9 +109,8 @@ def find_parts(model: Any, anatomy: Anatomy, forward: Callable[[], Tensor]) -> A
     plain = forward()
     seen, asked, calls, through_ours = _watch(model, forward)
     off = float((through_ours - plain).float().abs().max() / plain.float().abs().max())
-    ours = off <= OURS.get(
-        plain.dtype, 1e-4
-    )  # not so where sparse attention (DeepSeek-V3.2) chooses keys by the form of the mask
+    # not so where sparse attention (DeepSeek-V3.2) chooses keys by the form of the mask
+    ours = off <= tolerance(plain.dtype, plain.device)
     inside = [_inside(block, path, seen) for block, path in ((b, f"{anatomy.blocks_path}.{i}.") for i, b in enumerate(blocks))]
     parts = [_parts_of(inside[b], asked if ours else {}, anatomy.writers[b]) for b in range(len(blocks))]
     for b, p in enumerate(parts):  # attention in the model's own code: in the module found, or in one of the block's children
@@ -314,9 +313,10 @@ def as_norm(one: _Seen) -> Norm | None:
     )
     x = x.to(one.read)
     try:
-        out = one.module.forward(x).double()
+        out = one.module.forward(x).double().cpu()
     except (RuntimeError, TypeError, ValueError, IndexError):  # a module of another kind: whatever it makes of such an input
         return None
+    x = x.cpu()  # least squares are solved there: a GPU has fewer ways
     names = [float(v) for k, v in vars(one.module).items() if "eps" in k and isinstance(v, float)]
     for centred in (False, True):
         for eps in (*names, 0.0, 1e-6, 1e-5):

@@ -18,6 +18,7 @@ scoring rows continue a prompt by different texts: targets are then padded on th
 Where the model can, rows share the prefix (`shared_prefix`) and attend through `attend`. Each then makes scores [head, query, key] of
 its own, which a fused kernel would not: rows share where the prefix is at least as long as the rest, and copies would be large. (GPT-2
 small, CPU, 48 rows: a walk takes 1.01 of the time with copies where the prefix is the shorter part, 0.97 to 0.91 where it is the longer.)
+A GPU takes its time for the number of kernels, not for the copies of few rows (see `COPIES`).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from patchscopes.core.edits import written
+from patchscopes.core.edits import Write, written
 from patchscopes.core.sites import Site
 from patchscopes.engine.attention import switched
 from patchscopes.engine.caches import fork, of_blocks, splice
@@ -48,6 +49,10 @@ from patchscopes.engine.watch import Watch
 
 Route = Literal["stairs", "whole", "hooks"]
 ROUTES: tuple[Route, ...] = ("stairs", "whole", "hooks")
+# Rows times positions of a prefix below which copies are cheaper on a GPU, in float32. (GPT-2 small on an H200, ms a step with copies and
+# shared: 144 rows behind 22 tokens 5.7 and 8.6, behind 100 tokens 5.7 and 10.2, behind 400 8.5 and 9.2; 400 rows behind 22 7.1 and 9.0;
+# 1000 behind 22 12.9 and 11.8. In bfloat16 copies took 24 to 54 ms, shared 9 to 12.)
+COPIES = 2**14
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,16 @@ class Walked:
     logits: Tensor
     norm_ratio: Tensor
     cache: Any
+
+
+@dataclass(frozen=True, eq=False)
+class _Written:
+    """What some rows write at one site: their numbers, the columns, and the vectors [..., row, d_model]."""
+
+    write: Write
+    rows: Tensor
+    places: Tensor
+    values: Tensor
 
 
 @dataclass(eq=False)
@@ -101,7 +116,7 @@ class Stem:
         self.start = 0
         if route == "stairs":
             self.start = engine.start(targets, min(row.first + self.pads[row.target] for row in rows))
-        self.shared = self.start > 0 and (shared if shared is not None else self._sharing_pays())
+        self.shared = self.start > 0 and (shared if shared is not None else self._sharing_pays(len(rows)))
         beginnings = [tuple(ids) for ids in targets[:, : self.start].tolist()] if len(targets) > 1 else [()]
         if mask is not None:
             beginnings = list(zip(beginnings, (min(pad, self.start) for pad in self.pads), strict=True))
@@ -115,8 +130,9 @@ class Stem:
         self.suffix = width - self.start
         self.base: Base | None = None
 
-    def _sharing_pays(self) -> bool:
-        return self.engine.packing.shared_prefix and 2 * self.start >= self.targets.shape[1]
+    def _sharing_pays(self, rows: int) -> bool:
+        cheap = self.engine.fuses and rows * self.start < COPIES
+        return self.engine.packing.shared_prefix and 2 * self.start >= self.targets.shape[1] and not cheap
 
     @contextmanager
     def attending(self) -> Iterator[None]:
@@ -213,7 +229,7 @@ class Stem:
         joins = [row.join(engine.n_layers) for row in some]
         n, first = len(some), joins[0]
         present = [bisect_right(joins, layer) for layer in range(engine.n_layers + 1)]
-        ratios = torch.ones(n, device=device)
+        ratios, writes = torch.ones(n, device=device), self._writes(some)
 
         seated: dict[int, Seats] = {}
         cache, seats = None, Seats([self.prompt_of[t] for t in targets], max(self.prompt_of) + 1, device)
@@ -233,7 +249,7 @@ class Stem:
                     x = torch.cat([x.narrow(-3, 0, old).to(fresh.device), fresh], -3)
                 else:  # rows that joined below, at another edit of theirs
                     x = x.clone()
-                self._write(x, some, slice(0, present[layer]), "resid", ratios, index=layer)
+                _write(x, writes.get(Site("resid", layer), ()), ratios)
                 return x
 
             return engine.at_layer(layer, change)
@@ -252,7 +268,7 @@ class Stem:
         def inside(site: Site) -> Change:
             def change(x: Tensor) -> Tensor:
                 x = x.clone()
-                self._write(x, some, slice(0, n), site.name, ratios, index=site.index)
+                _write(x, writes[site], ratios)
                 return x
 
             return change
@@ -268,11 +284,11 @@ class Stem:
             return on_output(engine.blocks[block], drop)
 
         arrivals = sorted(set(joins))
-        written_at = {row.site.index for row in some if row.value is not None and row.site.name == "resid"}
+        written_at = {site.index for site in writes if site.name == "resid"}
         hooks = [engine.narrowing(b, present[b]) for b in range(first, engine.n_layers)]
         hooks += [enter(layer) for layer in sorted({*arrivals, *written_at})]
         hooks += [share(layer) for layer in arrivals if layer < engine.n_layers and reading.shared.get(layer)]
-        inner = sorted({row.site for row in some if row.value is not None and row.site.name != "resid"})
+        inner = sorted(site for site in writes if site.name != "resid")
         hooks += at_sites(engine, {site: inside(site) for site in inner})
         hooks += self._more(some)
         if cache is not None and not caching:
@@ -297,24 +313,21 @@ class Stem:
                 cache.reorder_cache(back)
         return Walked(logits, ratios, cache if caching else None)
 
-    def _write(self, x: Tensor, rows: list[Row], which: slice, name: str, ratios: Tensor, *, index: int) -> None:
-        """Write the vectors of those of the rows `which` whose site is `name`.`index` into x, a tensor of ours."""
-        mine = [
-            r
-            for r in range(*which.indices(len(rows)))
-            if rows[r].value is not None and rows[r].site.name == name and rows[r].site.index == index
-        ]
-        for write in {rows[r].write for r in mine}:
-            some = [r for r in mine if rows[r].write == write]
-            which_rows = torch.tensor(some, device=x.device)
-            place = torch.tensor([rows[r].position + self.pads[rows[r].target] - self.start for r in some], device=x.device)
-            old = x[..., which_rows, place, :]
-            new = written(torch.stack([rows[r].value for r in some], -2).to(x), old, write)  # type: ignore[arg-type]
-            x[..., which_rows, place, :] = new
-            ratio = new.float().norm(dim=-1) / old.float().norm(dim=-1)
-            ratios[which_rows.to(ratios.device)] = (
-                ratio.detach().reshape(-1, len(some)).mean(0).to(ratios)
-            )  # the mean over streams, mostly one
+    def _writes(self, rows: Sequence[Row]) -> dict[Site, list[_Written]]:
+        """What `rows` write at each site, ready on the device: a hook that had to bring it there would wait for the device each time."""
+        groups: dict[tuple[Site, Write], list[int]] = {}
+        for r, row in enumerate(rows):
+            if row.value is not None:
+                groups.setdefault((row.site, row.write), []).append(r)
+        order = [r for some in groups.values() for r in some]
+        places = [rows[r].position + self.pads[rows[r].target] - self.start for r in order]
+        both = torch.tensor([order, places], dtype=torch.long, device=self.targets.device)
+        found: dict[Site, list[_Written]] = {}
+        at = both.split([len(some) for some in groups.values()], 1)
+        for ((site, write), some), index in zip(groups.items(), at, strict=True):
+            values = torch.stack([value for r in some if (value := rows[r].value) is not None], -2)
+            found.setdefault(site, []).append(_Written(write, index[0], index[1], values))
+        return found
 
     def _more(self, rows: Sequence[Row]) -> list[Handle]:
         """Hooks of the rows' further edits."""
@@ -328,23 +341,31 @@ class Stem:
     def _walk_by_hooks(self, rows: Sequence[Row], keep: Sequence[int]) -> Walked:
         """Every row through every block of the whole prompt, one hook a site."""
         engine, rows = self.engine, list(rows)
-        ratios = torch.ones(len(rows), device=self.targets.device)
+        ratios, writes = torch.ones(len(rows), device=self.targets.device), self._writes(rows)
 
         def at(site: Site) -> Change:
-            mine = [row if row.site == site else Row(row.site, row.position, None) for row in rows]
-
             def change(x: Tensor) -> Tensor:
                 x = x.clone()
-                self._write(x, mine, slice(0, len(rows)), site.name, ratios, index=site.index)
+                _write(x, writes[site], ratios)
                 return x
 
             return change
 
         ids = self.targets[[row.target for row in rows]]
-        sites = sorted({row.site for row in rows if row.value is not None})
-        with hooked([*at_sites(engine, {site: at(site) for site in sites}), *self._more(rows)]):
+        with hooked([*at_sites(engine, {site: at(site) for site in sorted(writes)}), *self._more(rows)]):
             logits = engine.forward(ids, keep=keep)
         return Walked(logits, ratios, None)
+
+
+def _write(x: Tensor, writes: Sequence[_Written], ratios: Tensor) -> None:
+    """Write into x, a tensor of ours, and note the norm ratios."""
+    for one in writes:
+        rows, places = one.rows.to(x.device), one.places.to(x.device)
+        old = x[..., rows, places, :]
+        new = written(one.values.to(x), old, one.write)
+        x[..., rows, places, :] = new
+        ratio = new.float().norm(dim=-1) / old.float().norm(dim=-1)
+        ratios[one.rows] = ratio.detach().reshape(-1, len(one.rows)).mean(0).to(ratios)  # the mean over streams, mostly one
 
 
 def _rows_of_shared(shared: SharedKV, index: Tensor) -> SharedKV:

@@ -63,11 +63,14 @@ class Seats:
         """Rows in their seats; empty seats hold zeros."""
         if self.index is not None:
             x = x.new_zeros(self.prompts * self.slots, *x.shape[1:]).index_copy_(0, self.index.to(x.device), x)
-        return x.unflatten(0, (self.prompts, self.slots)).transpose(1, 2).flatten(2, 3)
+        _, kv_heads, each, width = x.shape
+        x = x.reshape(self.prompts, self.slots, kv_heads, each, width).transpose(1, 2)
+        return x.reshape(self.prompts, kv_heads, self.slots * each, width)
 
     def risen(self, x: Float[Tensor, "prompt kv_head slot_each d"]) -> Float[Tensor, "row kv_head each d"]:
         """Rows from their seats."""
-        x = x.unflatten(2, (self.slots, -1)).transpose(1, 2).flatten(0, 1)
+        _, kv_heads, all_, width = x.shape
+        x = x.reshape(self.prompts, kv_heads, self.slots, all_ // self.slots, width).transpose(1, 2).flatten(0, 1)
         return x if self.index is None else x.index_select(0, self.index.to(x.device))
 
 
@@ -100,9 +103,10 @@ class Prefix:
         return self._folded(pattern, self.values)
 
     def _folded(self, x: Tensor, other: Tensor) -> Tensor:
-        heads = (other.shape[1], x.shape[1] // other.shape[1], x.shape[2])  # kv_head, heads of each, queries
-        folded = self.seats.seated(x.unflatten(1, heads[:2]).flatten(2, 3))
-        return self.seats.risen(torch.matmul(folded, other)).unflatten(2, heads[1:]).flatten(1, 2)
+        rows, heads, queries, width = x.shape
+        kv_heads = other.shape[1]
+        folded = self.seats.seated(x.reshape(rows, kv_heads, heads // kv_heads * queries, width))
+        return self.seats.risen(torch.matmul(folded, other)).reshape(rows, heads, queries, -1)
 
 
 def with_prefix(keys: Tensor, prefix: Prefix | None) -> Tensor:

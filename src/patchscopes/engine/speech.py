@@ -15,7 +15,8 @@ from torch import Tensor
 
 from patchscopes.engine.sampling import choose
 
-LOOK_EVERY = 4  # steps, on a device that one has to wait for
+# Steps, on a device that one has to wait for. (GPT-2 small on an H200, 144 rows of 40 tokens: 360 ms at 1, 335 at 4, 333 at 16.)
+LOOK_EVERY = 4
 IDLE = (
     16  # steps of done rows that are borne: one for every so many rows of the batch. Leaving copies the others' keys and values
 )

@@ -25,8 +25,8 @@ from patchscopes.engine.memory import free_bytes
 from patchscopes.engine.patch import ROUTES, Route, Stem
 from patchscopes.engine.refuse import refuse_quantised
 from patchscopes.engine.rows import Row
+from patchscopes.engine.tolerance import tolerance
 
-CLOSE = {torch.bfloat16: 6e-2, torch.float16: 2e-2}  # of the largest gradient; else 1e-4
 LogitMetric = Callable[[Float[Tensor, "row vocab"]], Float[Tensor, " row"]]
 
 
@@ -57,7 +57,7 @@ def route_of(engine: Engine) -> Route:
         rows = [Row(Site("resid", layer), length - 2, states[layer][..., 0, 1, :].clone()) for layer in layers]
         truth = _by_route(engine, ids, rows, _first_logit, "hooks")
         scale = max(float(g.float().abs().max()) for g in truth.values) or 1.0
-        allowed = CLOSE.get(truth.values[0].dtype, 1e-4) * scale
+        allowed = tolerance(truth.values[0].dtype, engine.device) * scale
         engine.gradient_route = next(route for route in ROUTES if _agrees(engine, ids, rows, route, truth, allowed))
     return engine.gradient_route
 

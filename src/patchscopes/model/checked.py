@@ -15,6 +15,7 @@ import transformers
 
 from patchscopes.engine.check import MEANING, Ability, Capabilities, check
 from patchscopes.engine.engine import Engine
+from patchscopes.engine.tolerance import tolerance
 
 BIG = 10**9  # parameters
 
@@ -50,6 +51,7 @@ def checked(engine: Engine, dtype: torch.dtype, *, big: int = BIG) -> Capabiliti
 def _key(engine: Engine, dtype: torch.dtype) -> str:
     """A hash of what decides the outcome: architecture, settings, number format, kind of device, versions, and what is measured."""
     parts = [type(engine.model).__name__, engine.config.to_json_string(), str(dtype), engine.device.type]
+    parts.append(str(tolerance(dtype, engine.device)))
     parts += [
         torch.__version__,
         transformers.__version__,

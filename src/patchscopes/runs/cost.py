@@ -22,6 +22,8 @@ from patchscopes.engine.shape import Shape
 from patchscopes.scopes.cells import Cell
 from patchscopes.scopes.viewing import Viewing
 
+N_SCORED = 2 + N_RANDOM  # runs of a text under vectors, beside those of the other sources
+
 
 class Costs:
     """Of the cells of one viewing. `target`: the shape of M*; `source`: that of M."""
@@ -30,7 +32,6 @@ class Costs:
         self.viewing, self.source, self.target = viewing, source, target
         self.run = cache(self._run)
         self.score = cache(self._score)
-        self.evidence = 2 + N_RANDOM  # runs under other vectors, beside those of the other sources
 
     def of(self, cell: Cell, kind: str) -> float:
         """FLOP of a row of the plan. What rows share (the unpatched run, a prompt's own words) counts for none of them."""
@@ -39,7 +40,7 @@ class Costs:
         run = self.run(cell.target, cell.target_layer)
         if kind != "none" or self.viewing.controls is None:
             return run
-        n_scored = self.evidence + len(self.viewing.controls.others(cell.place))
+        n_scored = N_SCORED + len(self.viewing.controls.others(cell.place))
         return run + n_scored * self.score(cell.target, cell.target_layer)
 
     def sources(self) -> float:

@@ -15,13 +15,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import polars as pl
+
 from patchscopes.core.errors import InputError, UnknownName, nearest
 from patchscopes.engine.generate import ROWS as AT_A_TIME
 from patchscopes.engine.shape import Shape, measure
 from patchscopes.model.model import Model
 from patchscopes.model.outline import Outline
 from patchscopes.runs.conditions import conditions, files_of, keys, load_spec, outline_spec
-from patchscopes.runs.cost import Costs
+from patchscopes.runs.cost import N_SCORED, Costs
 from patchscopes.runs.looks import looks
 from patchscopes.runs.plan import Seen, plan, see
 from patchscopes.runs.resolve import resolved
@@ -107,23 +109,25 @@ def estimate(
     table, more = plan(seen, costs, shard=asked.shard, device=kind)
     readings = int((table["control"] == "none").sum())
     size = AT_A_TIME.get(kind, AT_A_TIME["cuda"])
-    passes = sum(_passes(one, readings_of, size) for one, readings_of in zip(seen, _readings(table, len(seen)), strict=True))
+    passes = sum(_passes(one, n, shards, size) for one, (n, shards) in zip(seen, _readings(table, len(seen)), strict=True))
     flops = float(table["cost"].sum()) + sum(cost.sources() for cost in costs)
     weights = sum(p.numel() * p.element_size() for model in models.values() for p in model.hf.parameters())
+    shards = int(table["shard"].max() or 0) + 1  # type: ignore[arg-type]
+    busy = min(workers, shards)
     timed = _probe(seen, asked, found, table) if probe else None
     seconds, basis, a_row = None, "", float(ROW_BYTES)
     if timed is not None:
-        seconds, a_row = _scaled(*timed, workers=workers)
+        seconds, a_row = _scaled(*timed, workers=busy)
         basis = f"from a probe of {sum(n for _, _, n in timed[0].values()):,} readings"
     elif hardware is not None:
-        seconds = _of_card(hardware.lower(), flops, passes, weights, workers)
+        seconds = _of_card(hardware.lower(), flops, passes, weights, busy)
         basis = f"from the datasheet of {hardware}, at 20 to 60 % of its peak"
     card = CARDS[hardware.lower()] if hardware else None
     return Estimate(
         readings,
         len(table),
         _how_many(seen),
-        int(table["shard"].max() or 0) + 1,  # type: ignore[arg-type]
+        shards,
         passes,
         flops,
         weights,
@@ -132,7 +136,7 @@ def estimate(
         round(a_row * len(table) + 16 * len(table)),
         seconds,
         basis,
-        workers,
+        busy,
         math.ceil(weights * 1.1 / card[2]) if card else None,
         (*caveats, *more),
     )
@@ -150,22 +154,26 @@ def costs_of(seen: Sequence[Seen]) -> list[Costs]:
     return [Costs(one.viewing, shape(one.viewing.origin), shape(one.viewing.target_model)) for one in seen]
 
 
-def _readings(table: Any, n_looks: int) -> list[int]:
-    """Readings of every look."""
-    found = dict(table.filter(table["control"] == "none").group_by("look").len().iter_rows())
-    return [found.get(k, 0) for k in range(n_looks)]
+def _readings(table: pl.DataFrame, n_looks: int) -> list[tuple[int, int]]:
+    """Readings and shards of every look."""
+    some = table.filter(pl.col("control") == "none").group_by("look").agg(pl.len(), pl.col("shard").n_unique())
+    found = {look: (n, shards) for look, n, shards in some.iter_rows()}
+    return [found.get(k, (0, 0)) for k in range(n_looks)]
 
 
-def _passes(one: Seen, readings: int, size: int) -> int:
-    """At most: sources, and for every batch of rows the prompt and each further token; with controls the same rows scored."""
+def _passes(one: Seen, readings: int, shards: int, size: int) -> int:
+    """At most. In every shard: source prompts, then for each batch of rows the prompt and every further token; with controls a second
+    look at the sources, and the texts under other vectors and behind the words."""
+    if not shards:
+        return 0
     viewing = one.viewing
-    prompts = len({place.tokens.ids for place in viewing.places if place.tokens is not None})
+    each = math.ceil(readings / shards)
     kinds = len(viewing.kinds(viewing.cells[0]))
-    batches = math.ceil(readings * kinds / size)
-    scored = 0
+    passes = 1 + math.ceil(each * kinds / size) * viewing.scope.max_new_tokens
     if viewing.controls is not None:
-        scored = math.ceil(readings * (10 + len(viewing.controls.others(0))) / size) + readings // size + 1
-    return math.ceil(prompts / 64) * (2 if scored else 1) + batches * viewing.scope.max_new_tokens + scored
+        scored = N_SCORED + len(viewing.controls.others(0))
+        passes += 1 + math.ceil(each * scored / size) + math.ceil(each / size)
+    return shards * passes
 
 
 def _row_bytes(one: Seen, shape: Shape) -> float:
@@ -208,7 +216,7 @@ def _probe(
             n_rows, n_bytes = n_rows + len(done.ids), n_bytes + len(done.rows)
         mean = sum(seconds) / len(seconds)
         times[look] = (mean, abs(seconds[0] - seconds[1]) / (2 * mean), n)
-    totals = {look: float(n) for look, n in enumerate(_readings(table, len(seen)))}
+    totals = {look: float(n) for look, (n, _) in enumerate(_readings(table, len(seen)))}
     return times, totals, n_bytes / max(n_rows, 1)
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 ROWS = (256, 2048)  # of a shard, unless its work takes too long
 SHARDS = 16  # wanted at least, so that workers can share and a stop loses little
 SECONDS = 10.0  # that a shard should take, at
-NOMINAL = {"cpu": 5e10, "other": 1e14}  # FLOP a second
+NOMINAL = {"cpu": 5e10, "other": 3e14}  # FLOP a second
 
 
 @dataclass(frozen=True, eq=False)
