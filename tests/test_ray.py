@@ -21,11 +21,16 @@ from patchscopes.runs.tasks import Job, Task
 
 for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH"):
     os.environ.pop(name, None)
-os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0123456789abcdef" * 4, RAY_USAGE_STATS_ENABLED="0")  # Ray reads it when imported
+os.environ.update(
+    RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0123456789abcdef" * 4, RAY_USAGE_STATS_ENABLED="0"
+)  # Ray reads it when imported
 
 ray = pytest.importorskip("ray", reason="Ray is an extra: pip install 'patchscopes[ray]'")
 ray.cloudpickle.register_pickle_by_value(fake_workers)  # a module of the tests, which nodes do not have
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray leaves sockets and processes to be closed by the system
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),
+]  # Ray leaves sockets and processes to be closed by the system
 
 EXPERIMENT = {
     "name": "countries",
