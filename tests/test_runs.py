@@ -638,7 +638,7 @@ def test_an_exported_run_is_reproduced(tmp_path):
 def test_readings_of_one_look(whole):
     with pytest.raises(InputError, match="several scopes are there; choose one of 'describe'"):
         whole.readings()
-    with pytest.raises(InputError, match="no scope 'descibe' is there. Did you mean 'describe'"):
+    with pytest.raises(InputError, match=r"no scope 'descibe' is there. Did you mean 'describe'"):
         whole.readings(scope="descibe")
     assert len(whole.readings(scope="describe").readings) == 15
 
