@@ -628,9 +628,19 @@ def test_reproduce(tmp_path):
 def test_an_exported_run_is_reproduced(tmp_path):
     run = sweep({**EXPERIMENT, "scope": "describe", "layers": [2, 4]}, runs=tmp_path)
     export(run, tmp_path / "out", ["parquet"])
+    before = run.table()
     shutil.rmtree(run.path)
+    assert_same(open_run(tmp_path / "out").table(), before, 0.0)
     found = reproduce(open_run(tmp_path / "out" / "run.json"), sample=3)
     assert found.compared == found.same == 18
+
+
+def test_readings_of_one_look(whole):
+    with pytest.raises(InputError, match="several scopes are there; choose one of 'describe'"):
+        whole.readings()
+    with pytest.raises(InputError, match=r"no scope 'descibe' is there. Did you mean 'describe'"):
+        whole.readings(scope="descibe")
+    assert len(whole.readings(scope="describe").readings) == 15
 
 
 def test_diff(tmp_path, atlas, whole):

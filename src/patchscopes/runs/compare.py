@@ -13,7 +13,7 @@ import polars as pl
 
 from patchscopes.core.errors import InputError, RefusedError
 from patchscopes.runs.conditions import differences
-from patchscopes.runs.folder import Run
+from patchscopes.runs.folder import Run, write_table
 from patchscopes.runs.resolve import INPUTS
 from patchscopes.runs.schema import COORDINATES, RESULTS
 
@@ -152,6 +152,8 @@ def export(run: Run, folder: Path, formats: Sequence[str]) -> list[Path]:
                 table.write_ndjson(path)
         written.append(path)
     write_json(folder / "run.json", run.record)
+    write_table(folder / "plan.parquet", run.plan)
+    write_table(folder / "prompts.parquet", run.prompts)
     if (run.path / INPUTS).is_dir():
         shutil.copytree(run.path / INPUTS, folder / INPUTS, dirs_exist_ok=True)
     return [*written, folder / "run.json"]

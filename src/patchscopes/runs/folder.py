@@ -204,15 +204,16 @@ class Run:
         from patchscopes.scopes import Readings
         from patchscopes.scopes.readings import SCHEMA
 
-        chosen = {}
+        looks = self.record["looks"]
         for name, value in (("part", part), ("model", model), ("scope", scope)):
-            known = list(dict.fromkeys(look[name] for look in self.record["looks"]))
+            known = list(dict.fromkeys(look[name] for look in looks))  # of those that are left
             if value is None and len(known) > 1:
-                raise InputError(f"this run has several {name}s; choose one of {', '.join(map(repr, known))}: {name}=…")
+                raise InputError(f"several {name}s are there; choose one of {', '.join(map(repr, known))}: {name}=…")
             if value is not None and value not in known:
-                raise UnknownName(f"this run has no {name} {value!r}. {nearest(value, known)}")
-            chosen[name] = known[0] if value is None else value
-        look = next(look for look in self.record["looks"] if all(look[k] == v for k, v in chosen.items()))
+                raise UnknownName(f"no {name} {value!r} is there. {nearest(value, known)}")
+            looks = [look for look in looks if look[name] == (known[0] if value is None else value)]
+        (look,) = looks
+        chosen = {name: look[name] for name in ("part", "model", "scope")}
         rows = self.table(**chosen, status="ok").select(list(SCHEMA))
         places = rows.select("prompt_text", "position").unique(maintain_order=True)
         sources = [{"text": text, "position": position} for text, position in places.iter_rows()]

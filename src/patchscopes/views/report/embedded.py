@@ -175,7 +175,9 @@ def _codes(status: pl.Series) -> list[int | None]:
 
 def numbers(values: pl.Series) -> list[Any]:
     """Numbers rounded to four digits; NaN and infinities as texts, since JSON has none; what is missing is None."""
-    rounded = values.cast(pl.Float64).round_sig_figs(DIGITS)
+    numbers = values.cast(pl.Float64)
+    finite = numbers.is_finite().fill_null(False)
+    rounded = numbers.round_sig_figs(DIGITS).zip_with(finite, numbers)  # older polars rounds infinities to NaN
     if rounded.is_finite().fill_null(True).all():
         return rounded.to_list()
     names = {"inf": "Infinity", "-inf": "-Infinity", "nan": "NaN"}

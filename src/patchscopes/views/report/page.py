@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from patchscopes.runs.folder import Run
 
 LARGEST = 5_000_000  # bytes of a report
-SCRIPTS = ("data", "colours", "grid", "paint", "card", "tables", "main")  # in this order
+SCRIPTS = ("data", "colours", "grid", "paint", "card", "tables", "choose", "main")  # in this order
 HERE = Path(__file__).parent
 
 
