@@ -69,7 +69,7 @@ def sweep(
     runs       where run folders are; `folder`: this very one
     models     loaded models, by what the experiment calls them, instead of its own; only for work in this process
     executor   who works: `Here()` (default), `Processes(…)`, `OnRay(…)`
-    new        a new run, whatever is there
+    new        a new run, whatever is there, that takes nothing over
     listeners  hear every event (see `events`)
     work       False: plan only, for parts that others do (see `parts`); `executor` says on what kind of device
 
@@ -115,7 +115,7 @@ def sweep(
         write_table(path / "prompts.parquet", _prompts(seen))
         write_record(path, record)
         with contextlib.closing(EventLog(path / "events.jsonl", tuple(listeners))) as log:
-            cached = _bring(path, Path(runs), table, found, log)
+            cached = 0 if new else _bring(path, Path(runs), table, found, log)
             log.tell("planned", run=record["id"], folder=str(path), cells=len(table), shards=record["shards"], cached=cached)
             if not work:
                 return Run(path)
