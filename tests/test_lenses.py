@@ -369,3 +369,27 @@ def test_texts_are_read_from_files(tmp_path: Path) -> None:
         read_texts(tmp_path / "b.txt")
     with pytest.raises(InputError, match="at least 1"):
         Recipe(steps=0)
+
+
+def test_the_commands_train_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str], corpus: list[str]) -> None:
+    from patchscopes.cli.app import run
+
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in corpus[:20]))
+    options = [
+        "--texts",
+        str(tmp_path / "texts.jsonl"),
+        "--out",
+        str(tmp_path / "lens"),
+        "--steps",
+        "2",
+        "--tokens-per-step",
+        "120",
+    ]
+    assert run(["lens", "train", *options, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["layers"]) == 8
+    assert run(["lens", "check", str(tmp_path / "lens"), "--texts", str(tmp_path / "texts.jsonl")]) == 0
+    assert "logit lens" in capsys.readouterr().out
+    public_folder(TunedLens(0.1 * draws(8, 192, 192), torch.zeros(8, 192)), tmp_path / "other")
+    assert run(["lens", "check", str(tmp_path / "other")]) == 6
+    assert "does not fit atlas" in capsys.readouterr().err
+    assert run(["lens", "train", *options[:4], "--optimizer", "muon"]) == 2

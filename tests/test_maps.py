@@ -170,7 +170,7 @@ def test_files_that_hold_no_map_are_told(tmp_path: Path) -> None:
         def __call__(self, h: torch.Tensor) -> torch.Tensor:
             return h
 
-    with pytest.raises(InputError, match="is a Mine, which cannot be saved"):
+    with pytest.raises(InputError, match="is a Mine, which cannot be written down"):
         maps.save_map(path, Mine())
 
 

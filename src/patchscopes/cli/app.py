@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from patchscopes.cli import bench, check, config, demo, doctor, inspect, organism, reproduce, runs, sweep, terminal, tokens
+from patchscopes.cli import bench, check, config, demo, doctor, inspect, lens, organism, reproduce, runs, sweep, terminal, tokens
 from patchscopes.core.errors import PatchscopesError, ResourceError
 
 app = typer.Typer(
@@ -48,6 +48,7 @@ for command in (
 app.command()(config.schema)
 app.add_typer(config.app)
 app.add_typer(organism.app)
+app.add_typer(lens.app)
 
 
 def _version(wanted: bool) -> None:

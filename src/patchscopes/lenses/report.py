@@ -10,8 +10,9 @@ over all real tokens of the texts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import polars as pl
 import torch
@@ -108,6 +109,13 @@ def require_width(model: Model, maps: dict[int, Map]) -> None:
             raise VectorError(
                 f"the lens makes vectors {out.shape[-1]} wide at layer {layer}; {model.name} is {model.d_model} wide"
             )
+
+
+def made_from(model: Model, provenance: Mapping[str, Any]) -> bool:
+    """Whether a lens was made here from these very weights, all of them hashed: then nothing needs to be compared."""
+    made = provenance.get("model")
+    found = made.get("weight_hash") if isinstance(made, Mapping) else None
+    return isinstance(found, str) and found.startswith("sha256:") and found == model.weight_hash
 
 
 def middle(n_layers: int) -> list[int]:

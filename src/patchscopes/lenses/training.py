@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -44,7 +44,7 @@ class Recipe:
 
     steps: int = 250
     tokens_per_step: int = 2**14
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    optimizer: str = "sgd"  # or "adam"
     rate: float = 1.0
     momentum: float = 0.9
     weight_decay: float = 1e-3

@@ -26,7 +26,7 @@ from torch import Tensor
 from patchscopes.core.errors import InputError, LayerError, VectorError
 from patchscopes.core.finite import require_finite
 from patchscopes.lenses.public import read_tensors
-from patchscopes.lenses.report import LensReport, Progress, measure, require_closer
+from patchscopes.lenses.report import LensReport, Progress, made_from, measure, require_closer
 from patchscopes.lenses.windows import own_windows, windows
 from patchscopes.maps import Affine, ByLayer, Identity, Map, load_map, provenance_of, save_map
 from patchscopes.model.model import Model
@@ -115,7 +115,7 @@ def load_tuned_lens(path: str | Path, model: Model | None = None, *, check: bool
     lens = _public(path) if public else _of_map(own, load_map(own), provenance_of(own))
     if model is not None:
         lens.require(model)
-        if check:
+        if check and not made_from(model, lens.provenance):
             lens.check(model)
     return lens
 

@@ -79,7 +79,7 @@ def _described(map: Map, prefix: str, tensors: dict[str, Tensor]) -> dict[str, A
     kind = next((kind for kind, (cls, _, _) in KINDS.items() if type(map) is cls), None)
     if kind is None:
         raise InputError(
-            f"the map {map.name!r} is a {type(map).__name__}, which cannot be saved; expected one of {', '.join(KINDS)}"
+            f"the map {map.name!r} is a {type(map).__name__}, which cannot be written down; expected one of {', '.join(KINDS)}"
         )
     for name in KINDS[kind][1]:
         tensor = getattr(map, name.strip("[]"))

@@ -68,6 +68,6 @@ class NormMatch:
             )
         h = h if self.before is None else self.before(h)
         norm = h.norm(dim=-1, keepdim=True)
-        if not bool(norm.all()):
+        if not h.is_meta and not bool(norm.all()):
             raise VectorError(f"the map {self.name!r} got a zero vector, which has no direction; expected others")
         return h * (self.length.to(h) / norm)

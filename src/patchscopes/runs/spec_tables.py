@@ -156,16 +156,37 @@ class AffineMap(Table):
     affine: File = Field(description="A safetensors file with weight and bias, as maps.save_map writes it.")
 
 
+class FileMap(Table):
+    """Any map, one for each pair of layers too."""
+
+    file: File = Field(description="A safetensors file of a map of any kind, as maps.save_map and maps.fit write it.")
+
+
+class TunedLensMap(Table):
+    """f(h) = h + W h + b of each layer, into the last."""
+
+    tuned_lens: File = Field(description="A safetensors file of a tuned lens. It is compared with the model before it is used.")
+
+
+class JacobianLensMap(Table):
+    """f(h) = J h of each layer, into the last."""
+
+    jacobian_lens: File = Field(description="A file of a Jacobian lens. It is compared with the model before it is used.")
+
+
 def _which(value: Any) -> str:
     keys = value if isinstance(value, dict) else type(value).model_fields if isinstance(value, Table) else ()
-    return "<scale>" if "scale" in keys else "<affine>" if "affine" in keys else "<identity>"
+    return next((f"<{kind}>" for kind in grammar.MAPS if kind in keys), "<identity>")
 
 
-MapSpec = Literal["identity"] | ScaleMap | AffineMap
+MapSpec = Literal["identity"] | ScaleMap | AffineMap | FileMap | TunedLensMap | JacobianLensMap
 OneMap = Annotated[
     Annotated[Literal["identity"], Tag("<identity>")]
     | Annotated[ScaleMap, Tag("<scale>")]
-    | Annotated[AffineMap, Tag("<affine>")],
+    | Annotated[AffineMap, Tag("<affine>")]
+    | Annotated[FileMap, Tag("<file>")]
+    | Annotated[TunedLensMap, Tag("<tuned_lens>")]
+    | Annotated[JacobianLensMap, Tag("<jacobian_lens>")],
     Discriminator(_which),
     BeforeValidator(grammar.map_of, json_schema_input_type=MapSpec),
 ]
