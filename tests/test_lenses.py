@@ -135,6 +135,12 @@ class TestTunedLens:
         floor = ps.lenses.refit_floor(atlas, lens, corpus[:4], steps=2)
         assert all(one.floor is not None and one.floor < one.kl for one in floor.layers)
 
+    def test_the_lens_of_atlas_beats_the_logit_lens_at_every_layer(self, atlas: Model, corpus: list[str]) -> None:
+        lens = load_tuned_lens("atlas", atlas)
+        assert lens.provenance["weight_hash"] == atlas.weight_hash  # train it anew when atlas is
+        report = lens.evaluate(atlas, corpus[:20])
+        assert all(one.top1 > one.logit_lens_top1 and one.kl < 0.6 * one.logit_lens_kl for one in report.layers)
+
     def test_stopped_and_resumed_equals_not_stopped(self, model: Model, tmp_path: Path) -> None:
         for optimizer in ("sgd", "adam"):
             recipe = replace(QUICK, optimizer=optimizer)

@@ -30,6 +30,7 @@ from patchscopes.lenses.report import LensReport, Progress, made_from, measure, 
 from patchscopes.lenses.windows import own_windows, windows
 from patchscopes.maps import Affine, ByLayer, Identity, Map, load_map, provenance_of, save_map
 from patchscopes.model.model import Model
+from patchscopes.organisms import bundled_lenses
 from patchscopes.scopes.logit_lens import logit_lens
 from patchscopes.scopes.patchscope import Patchscope
 
@@ -104,12 +105,14 @@ class TunedLens:
 
 
 def load_tuned_lens(path: str | Path, model: Model | None = None, *, check: bool = True) -> TunedLens:
-    """A tuned lens from a file that `save` wrote, a folder that training left, or a folder in the public format.
+    """A tuned lens from a file that `save` wrote, a folder that training left, or a folder in the public format; or that of a bundled
+    model ("atlas").
 
     model  the model that it is for: width, depth and what it says are compared with it, and it is refused if they do not fit. check=False
            compares width and depth alone
     """
     path = Path(path)
+    path = path if path.exists() else bundled_lenses().get(str(path), path)
     own = path / "tuned_lens.safetensors" if path.is_dir() else path
     public = path.is_dir() and not own.exists()
     lens = _public(path) if public else _of_map(own, load_map(own), provenance_of(own))
