@@ -80,7 +80,7 @@ class States:
             else:
                 x = _read(self.source, batch, self.source_layers, self.site, of_target=False)
                 y = _read(self.target, batch, self.target_layers, self.site, of_target=True)
-                yield x, {layer: one.to(next(iter(x.values())).device) for layer, one in y.items()}, batch
+                yield x, {layer: one.to(self.source.device) for layer, one in y.items()}, batch
 
 
 def states(source: Model, target: Model | None, layers: str | Pairs, site: str) -> States:
@@ -143,4 +143,4 @@ def _read(model: Model, batch: Sequence[Text], layers: set[int] | list[int], sit
         real = run.mask[row].nonzero()[:, 0].tolist()
         rows += [row] * len(text.positions)
         columns += [real[pair[of_target]] for pair in text.positions]
-    return {layer: run[f"{site}.{layer}"][rows, columns] for layer in sorted(layers)}
+    return {layer: run[f"{site}.{layer}"][rows, columns].to(model.device) for layer in sorted(layers)}
