@@ -30,7 +30,7 @@ from patchscopes.maps.by_layer import ByLayer
 from patchscopes.maps.files import save_map
 from patchscopes.maps.least_squares import Moments, Sums, as_double
 from patchscopes.maps.map import Map, map_between
-from patchscopes.maps.states import Pairs, States, Text, digest_of_texts, split, states
+from patchscopes.maps.states import Pairs, States, Text, counts, digest_of_texts, split, states
 from patchscopes.model.model import Model
 
 Kind = Literal["affine", "low_rank", "per_direction", "mean"]
@@ -146,8 +146,8 @@ def fit(
         "site": site,
         "kind": kind,
         "texts": {"fitted": len(fitted), "held_out": len(away), "digest": digest_of_texts(texts)},
-        "tokens": _counts(seen),
-        "tokens_held_out": _counts(fresh),
+        "tokens": counts(seen),
+        "tokens_held_out": counts(fresh),
         "seed": seed,
         "reports": [asdict(one) for one in reports],
     }
@@ -291,13 +291,3 @@ def _square(made: Tensor, wanted: Tensor) -> float:
         if made.device.type != "mps"
         else _square(made.cpu(), wanted.cpu())
     )
-
-
-def _counts(texts: Sequence[Text]) -> dict[str, int]:
-    """Tokens of both models, how many of them end together, and how many were used."""
-    return {
-        "source": sum(len(text.source) for text in texts),
-        "target": sum(len(text.target) for text in texts),
-        "matched": sum(text.matched for text in texts),
-        "used": sum(len(text.positions) for text in texts),
-    }

@@ -134,6 +134,16 @@ def digest_of_texts(texts: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
+def counts(texts: Sequence[Text]) -> dict[str, int]:
+    """Tokens of both models, how many of them end together, and how many were used."""
+    return {
+        "source": sum(len(text.source) for text in texts),
+        "target": sum(len(text.target) for text in texts),
+        "matched": sum(text.matched for text in texts),
+        "used": sum(len(text.positions) for text in texts),
+    }
+
+
 def _read(model: Model, batch: Sequence[Text], layers: set[int] | list[int], site: str, *, of_target: bool) -> dict[int, Tensor]:
     run = model.run(
         [text.target if of_target else text.source for text in batch], read=[f"{site}.{layer}" for layer in sorted(layers)]
