@@ -14,7 +14,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"  # beside the repository
 torch.set_num_threads(1)  # tiny models: threads cost more than they save
 # Annotations are executed, shapes too; before patchscopes is imported. Not where functions are made for every pass (hooks): those
 # would be compiled every time, and tests take twice as long.
-CHECKED = ("core", "maps", "controls", "model", "scopes", "engine.generate", "engine.score", "engine.caches")
+CHECKED = ("core", "maps", "controls", "model", "scopes", "lenses", "engine.generate", "engine.score", "engine.caches")
 CHECKED += ("engine.shared_prefix", "engine.memory", "engine.packing", "engine.sampling", "engine.speech", "engine.decode")
 install_import_hook([f"patchscopes.{name}" for name in CHECKED], "beartype.beartype")
 

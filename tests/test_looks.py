@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 
 import patchscopes as ps
 from patchscopes.core.edits import save_edits
-from patchscopes.core.errors import InputError, LayerError, VectorError
+from patchscopes.core.errors import InputError, LayerError, RefusedError, VectorError
 from patchscopes.model import Model, Span
 from patchscopes.runs.looks import Look, looks
 from patchscopes.runs.spec import Experiment
@@ -400,3 +401,28 @@ def test_what_cannot_be_written_down_is_told(kept: Model, tmp_path: Path, model:
     ):
         with pytest.raises(InputError, match=words):
             experiment_of(given, folder=tmp_path)  # type: ignore[arg-type]
+
+
+def test_maps_of_any_kind_and_lenses_come_from_files(kept: Model, tmp_path: Path) -> None:
+    n, d = kept.n_layers, kept.d_model
+    f = ps.maps.ByLayer({(0, 2): ps.maps.Zero(), (1, 2): ps.maps.LowRank(torch.randn(d, 2), torch.randn(2, d))}, "fitted")
+    ps.maps.save_map(tmp_path / "f.safetensors", f)
+    lens = ps.lenses.TunedLens(torch.zeros(n, d, d), torch.zeros(n, d), {"model": kept.provenance()})
+    lens.save(tmp_path / "t.safetensors")
+    jacobian = ps.lenses.JacobianLens({1: torch.eye(d)}, n, {"model": kept.provenance()})
+    jacobian.save(tmp_path / "j.safetensors")
+    files = {
+        "file": tmp_path / "f.safetensors",
+        "tuned_lens": tmp_path / "t.safetensors",
+        "jacobian_lens": tmp_path / "j.safetensors",
+    }
+    for (key, path), want in zip(files.items(), (f, lens.map, jacobian.map), strict=True):
+        scope = of(kept, prompts="a", map={key: path}, scope="a {x}")[0].scope
+        assert ps.maps.digest_of(scope.map) == ps.maps.digest_of(want)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"a ByLayer; expected an affine map"):
+        of(kept, prompts="a", map={"affine": files["file"]})
+    replace(lens, weight=torch.randn(n, d, d), provenance={}).save(files["tuned_lens"])
+    with pytest.raises(RefusedError, match="does not fit"):
+        of(kept, prompts="a", map={"tuned_lens": files["tuned_lens"]})
+    scope = ps.Patchscope("a {x}", layer=2, map=[f, ps.maps.Noise(0.1), ps.maps.Zero()], max_new_tokens=1)
+    back_and_forth(kept, ps.Source(kept, "ab", layer=[0, 1]), scope, tmp_path / "written")

@@ -520,8 +520,19 @@ def test_the_schema_describes_every_key() -> None:
     found = schema()
     assert found["$schema"] == DRAFT and found["title"] and found["additionalProperties"] is False
     tables = {"": found, **found["$defs"]}
-    expected = {"", "ModelSpec", "PromptSpec", "PromptFile", "VectorFile", "ScaleMap", "AffineMap", "TargetPrompt", "ScopeSpec"}
-    assert set(tables) == expected | {"Outputs", "Part"}
+    expected = {
+        "",
+        "ModelSpec",
+        "PromptSpec",
+        "PromptFile",
+        "VectorFile",
+        "ScaleMap",
+        "AffineMap",
+        "FileMap",
+        "TargetPrompt",
+        "ScopeSpec",
+    }
+    assert set(tables) == expected | {"Outputs", "Part", "TunedLensMap", "JacobianLensMap"}
     for name, table in tables.items():
         assert table["additionalProperties"] is False, name
         for key, kind in table["properties"].items():

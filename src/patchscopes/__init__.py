@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from patchscopes import maps, runs, scopes
+    from patchscopes import lenses, maps, runs, scopes
     from patchscopes.core import coordinates, edits
     from patchscopes.core.edits import Edit
     from patchscopes.core.errors import PatchscopesError
@@ -40,6 +40,7 @@ _HOMES = {
 _FAMILIES = {
     "coordinates": "patchscopes.core.coordinates",
     "edits": "patchscopes.core.edits",
+    "lenses": "patchscopes.lenses",
     "maps": "patchscopes.maps",
     "runs": "patchscopes.runs",
     "scopes": "patchscopes.scopes",
@@ -56,6 +57,7 @@ __all__ = [
     "Tokens",
     "coordinates",
     "edits",
+    "lenses",
     "load",
     "maps",
     "open_run",

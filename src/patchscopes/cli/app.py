@@ -23,6 +23,7 @@ from patchscopes.cli import (
     demo,
     doctor,
     inspect,
+    lens,
     organism,
     report,
     reproduce,
@@ -66,6 +67,7 @@ for command in (
 app.command()(config.schema)
 app.add_typer(config.app)
 app.add_typer(organism.app)
+app.add_typer(lens.app)
 
 
 def _version(wanted: bool) -> None:

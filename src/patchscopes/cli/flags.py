@@ -9,7 +9,7 @@ from typing import Any
 from patchscopes.core.errors import InputError
 from patchscopes.runs.keys import KEYS
 
-MAPS = "identity, scale:2.0, or affine:FILE; may be given several times."
+MAPS = "identity, scale:2.0, affine:FILE, file:FILE, tuned_lens:FILE or jacobian_lens:FILE; may be given several times."
 
 
 @dataclass(frozen=True)

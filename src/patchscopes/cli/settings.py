@@ -164,8 +164,8 @@ def _as_document(flag: Flag, value: Any) -> Any:
 
 def _map(text: str) -> Any:
     kind, colon, what = text.partition(":")
-    if kind == "affine" and what:
-        return {"affine": os.path.abspath(Path(what).expanduser())}
+    if kind in ("affine", "file", "tuned_lens", "jacobian_lens") and what:
+        return {kind: os.path.abspath(Path(what).expanduser())}
     if kind == "scale" and colon:
         try:
             return {"scale": float(what)}

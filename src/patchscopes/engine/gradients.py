@@ -151,6 +151,14 @@ def _check_metric(value: Any, rows: int) -> None:
         )
 
 
+def unembedded(engine: Engine, h: Float[Tensor, "row d_model"]) -> Float[Tensor, "row vocab"]:
+    """Logits of residuals as `Engine.unembed` gives them, as part of the graph of h."""
+    ids = torch.zeros(len(h), 1, dtype=torch.long, device=engine.device)
+    start = engine.at_layer(0, lambda _x: h.unsqueeze(-2))
+    with frozen(engine.model), torch.enable_grad(), engine.bypassing(engine.n_layers), hooked([start]):
+        return engine.forward(ids)[:, 0]
+
+
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Inside, no weight requires a gradient."""

@@ -13,7 +13,7 @@ from patchscopes import organisms
 from patchscopes.core.errors import InputError
 
 SUFFIXES = (".toml", ".yaml", ".yml", ".json")
-PATHS = ("file", "vectors", "affine", "edits")  # keys whose text is a path
+PATHS = ("file", "vectors", "affine", "tuned_lens", "jacobian_lens", "edits")  # keys whose text is a path
 
 
 def read_document(path: Path) -> dict[str, Any]:

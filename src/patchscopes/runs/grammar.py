@@ -17,6 +17,7 @@ from patchscopes.runs.table import shown
 
 _PIECE = r"\s*(?:-?\d+|-?\d*\s*:\s*-?\d*(?:\s*:\s*-?\d*)?)\s*"
 _LAYERS = re.compile(rf"{_PIECE}(?:,{_PIECE})*")
+MAPS = ("scale", "affine", "file", "tuned_lens", "jacobian_lens")  # the key that says which map a table is
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -170,13 +171,12 @@ def scope_of(value: Any) -> Any:
 
 def map_of(value: Any) -> Any:
     """A map, its name checked."""
-    known = ("identity", "scale", "affine")
     if isinstance(value, str) and value != "identity":
-        hint = f"{{ {value} = … }}" if value in known else "'identity', { scale = 2.0 } or { affine = 'file.safetensors' }"
+        hint = f"{{ {value} = … }}" if value in MAPS else "'identity', { scale = 2.0 } or { affine = 'file.safetensors' }"
         raise UnknownName(f"unknown map {value!r}; expected {hint}")
-    if isinstance(value, dict) and sum(key in value for key in known[1:]) != 1:
-        unknown = next((str(key) for key in value if key not in known[1:]), "")
-        raise InputError(f"found {shown(value)}; expected one of the keys scale and affine. {nearest(unknown, known[1:])}")
+    if isinstance(value, dict) and sum(key in value for key in MAPS) != 1:
+        unknown = next((str(key) for key in value if key not in MAPS), "")
+        raise InputError(f"found {shown(value)}; expected one of the keys {', '.join(MAPS)}. {nearest(unknown, MAPS)}")
     if not isinstance(value, (str, dict)) and not hasattr(value, "model_fields_set"):
         raise InputError(f"found {shown(value)}; expected 'identity', {{ scale = 2.0 }} or {{ affine = 'file.safetensors' }}")
     return value

@@ -16,7 +16,7 @@ KEYS = {
         "describe, identity, identity-bare, logit-lens, or a prompt of your own with {x} where the state goes: 'The capital of {x} is'; "
         "or several."
     ),
-    "map": "What is done to a state before it is written: identity, a scale, or an affine map from a file; or several.",
+    "map": "What is done to a state before it is written: identity, a scale, or a map or lens from a file; or several.",
     "target_layer": "Where to write: same (as read), all, or layers as above. Absent: the scope's own.",
     "tokens": "Tokens said at most. Absent: the scope's own.",
     "stop": "Strings that end a text and are no part of it. Absent: the scope's own.",

@@ -13,12 +13,24 @@ from torch import Tensor
 from patchscopes.core.edit_files import load_edits
 from patchscopes.core.errors import InputError, LayerError, PositionError, PromptError, nearest
 from patchscopes.core.names import SLOT
-from patchscopes.maps import Identity, Map, Scale, load_map
+from patchscopes.lenses.jacobian_lens import load_jacobian_lens
+from patchscopes.lenses.tuned_lens import load_tuned_lens
+from patchscopes.maps import Affine, Identity, Map, Scale, load_map
 from patchscopes.model.model import Model
 from patchscopes.model.tokens import Tokens
 from patchscopes.runs.prompts import Prompted, read_prompts, several
 from patchscopes.runs.spec import Experiment
-from patchscopes.runs.spec_tables import AffineMap, MapSpec, Scalar, ScaleMap, ScopeSpec, VectorFile
+from patchscopes.runs.spec_tables import (
+    AffineMap,
+    FileMap,
+    JacobianLensMap,
+    MapSpec,
+    Scalar,
+    ScaleMap,
+    ScopeSpec,
+    TunedLensMap,
+    VectorFile,
+)
 from patchscopes.scopes.extract import extract
 from patchscopes.scopes.named import named
 from patchscopes.scopes.patchscope import Patchscope
@@ -193,7 +205,7 @@ def _scope(spec: ScopeSpec, part: Experiment, models: Mapping[str, Model], origi
         "edits": None if spec.edits is None else load_edits(_there(spec.edits)),
         "model": model,
     }
-    maps = [_map(one) for one in (spec.map or part.map)]
+    maps = [_map(one, model or origin) for one in (spec.map or part.map)]
     given = {name: value for name, value in chosen.items() if value is not None}
     return replace(built, **given, map=maps[0] if len(maps) == 1 else maps, seed=part.seed)
 
@@ -204,10 +216,26 @@ def _of_prompts(spec: ScopeSpec, model: Model) -> Patchscope:
     return replace(extract(SLOT), prompt=prompts[0] if len(prompts) == 1 else prompts, position=place)
 
 
-def _map(spec: MapSpec) -> Map:
+def _map(spec: MapSpec, model: Model) -> Map:
+    """model: the one that is patched, which a lens must fit. A model without weights (an outline) says nothing to compare with; those who
+    load them do."""
+    check = model.device.type != "meta"
     if isinstance(spec, ScaleMap):
         return Scale(spec.scale)
-    return load_map(spec.affine) if isinstance(spec, AffineMap) else Identity()
+    if isinstance(spec, TunedLensMap):
+        return load_tuned_lens(spec.tuned_lens, model, check=check).map
+    if isinstance(spec, JacobianLensMap):
+        return load_jacobian_lens(spec.jacobian_lens, model, check=check).map
+    if isinstance(spec, FileMap):
+        return load_map(spec.file)
+    if not isinstance(spec, AffineMap):
+        return Identity()
+    found = load_map(spec.affine)
+    if not isinstance(found, Affine):
+        raise InputError(
+            f"{spec.affine!r} holds the map {found.name!r}, a {type(found).__name__}; expected an affine map, or {{ file = … }}"
+        )
+    return found
 
 
 def _there(path: str) -> str:

@@ -31,7 +31,7 @@ TargetLayer = Annotated[
 ]
 _Site = Literal["resid", "attn_in", "attn_out", "mlp_in", "mlp_out"]
 SiteName = Annotated[_Site, BeforeValidator(grammar.site, json_schema_input_type=_Site)]
-WriteName = Literal["replace", "add", "add_matched"]
+WriteName = Literal["replace", "add", "add_matched", "replace_matched"]
 Count = Annotated[int, Field(ge=1)]
 Temperature = Annotated[float, Field(ge=0)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(grammar.listed, json_schema_input_type=str | list[str])]
@@ -155,16 +155,37 @@ class AffineMap(Table):
     affine: File = Field(description="A safetensors file with weight and bias, as maps.save_map writes it.")
 
 
+class FileMap(Table):
+    """Any map, one for each pair of layers too."""
+
+    file: File = Field(description="A safetensors file of a map of any kind, as maps.save_map and maps.fit write it.")
+
+
+class TunedLensMap(Table):
+    """f(h) = h + W h + b of each layer, into the last."""
+
+    tuned_lens: File = Field(description="A safetensors file of a tuned lens. It is compared with the model before it is used.")
+
+
+class JacobianLensMap(Table):
+    """f(h) = J h of each layer, into the last."""
+
+    jacobian_lens: File = Field(description="A file of a Jacobian lens. It is compared with the model before it is used.")
+
+
 def _which(value: Any) -> str:
     keys = value if isinstance(value, dict) else type(value).model_fields if isinstance(value, Table) else ()
-    return "<scale>" if "scale" in keys else "<affine>" if "affine" in keys else "<identity>"
+    return next((f"<{kind}>" for kind in grammar.MAPS if kind in keys), "<identity>")
 
 
-MapSpec = Literal["identity"] | ScaleMap | AffineMap
+MapSpec = Literal["identity"] | ScaleMap | AffineMap | FileMap | TunedLensMap | JacobianLensMap
 OneMap = Annotated[
     Annotated[Literal["identity"], Tag("<identity>")]
     | Annotated[ScaleMap, Tag("<scale>")]
-    | Annotated[AffineMap, Tag("<affine>")],
+    | Annotated[AffineMap, Tag("<affine>")]
+    | Annotated[FileMap, Tag("<file>")]
+    | Annotated[TunedLensMap, Tag("<tuned_lens>")]
+    | Annotated[JacobianLensMap, Tag("<jacobian_lens>")],
     Discriminator(_which),
     BeforeValidator(grammar.map_of, json_schema_input_type=MapSpec),
 ]
@@ -212,7 +233,7 @@ class ScopeSpec(Table):
         None, description="Where it is written: resid, attn_in, attn_out, mlp_in or mlp_out. Absent: resid."
     )
     write: WriteName | None = Field(
-        None, description="replace, add or add_matched (in proportion to what is there). Absent: replace."
+        None, description="replace, add, add_matched or replace_matched (in proportion to what is there). Absent: replace."
     )
     temperature: Temperature | None = described("temperature")
     draws: Count | None = described("draws")

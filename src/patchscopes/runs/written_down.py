@@ -33,7 +33,7 @@ Looked = tuple[str, Source | Sequence[Source], Patchscope]  # (name of the part,
 def experiment_of(looks: Sequence[Looked], *, folder: Path, **settings: Any) -> Experiment:
     """The experiment that asks for the same: a part for each look, named by it, with the same prompts, positions and settings.
 
-    folder    where vectors, affine maps and edits are saved
+    folder    where vectors, maps and edits are saved
     settings  further keys of the experiment: name, outputs, controls, …
 
     InputError for what cannot be written down: a map of a class of its own, a model that was not loaded by its name.
@@ -197,9 +197,7 @@ def _map(one: Map, folder: Path) -> str | Mapping[str, Any]:
         return {"scale": float(one.alpha)}
     if type(one) is Affine:
         return {"affine": _saved(folder, "map", lambda path: save_map(path, one))}
-    raise InputError(
-        f"the map {one.name!r} is a {type(one).__name__}, which cannot be written down; expected Identity, Scale or Affine"
-    )
+    return {"file": _saved(folder, "map", lambda path: save_map(path, one))}
 
 
 def _saved(folder: Path, kind: str, save: Any) -> str:

@@ -1,0 +1,26 @@
+"""Lenses: what a model would say from a lower layer. Each is a map into the last layer, and so a Patchscope. The logit lens is a scope."""
+
+from patchscopes.lenses.jacobian_lens import JacobianLens, compute_jacobian_lens, load_jacobian_lens
+from patchscopes.lenses.linear_shortcut import linear_shortcut
+from patchscopes.lenses.report import LayerReport, LensReport, measure
+from patchscopes.lenses.training import Recipe, TrainingProgress, refit_floor, train_tuned_lens
+from patchscopes.lenses.tuned_lens import TunedLens, load_tuned_lens
+from patchscopes.lenses.windows import read_texts, windows
+
+__all__ = [
+    "JacobianLens",
+    "LayerReport",
+    "LensReport",
+    "Recipe",
+    "TrainingProgress",
+    "TunedLens",
+    "compute_jacobian_lens",
+    "linear_shortcut",
+    "load_jacobian_lens",
+    "load_tuned_lens",
+    "measure",
+    "read_texts",
+    "refit_floor",
+    "train_tuned_lens",
+    "windows",
+]
