@@ -47,7 +47,8 @@ def patched(hf: nn.Module, family: str, patch: Patch | None, ratios: list[float]
         place = new[..., 0, patch.position, :] if x.ndim > 2 else new[patch.position]  # some modules see one row of all tokens
         old, value = place * factor, patch.value
         length = old.norm(dim=-1, keepdim=True)
-        after = {"replace": value, "add": old + value, "add_matched": old + value * (length / value.norm(dim=-1, keepdim=True))}
+        matched = value * (length / value.norm(dim=-1, keepdim=True))
+        after = {"replace": value, "add": old + value, "add_matched": old + matched, "replace_matched": matched}
         if ratios is not None:
             ratios.append(float((after[patch.write].norm(dim=-1, keepdim=True) / length).mean()))
         place.copy_(after[patch.write] / factor)

@@ -65,8 +65,8 @@ class Written:
             return x * v
         if self.write == "interpolate":
             return (1 - self.amount) * x + self.amount * v
-        longer = x.norm(dim=-1, keepdim=True) / v.norm(dim=-1, keepdim=True) if self.write == "add_matched" else 1
-        return x + self.amount * longer * v
+        longer = x.norm(dim=-1, keepdim=True) / v.norm(dim=-1, keepdim=True) if self.write.endswith("_matched") else 1
+        return (0 if self.write == "replace_matched" else x) + self.amount * longer * v
 
 
 def blocks_in(hf: nn.Module, family: str) -> nn.ModuleList | None:

@@ -250,6 +250,13 @@ class TestEdits:
         rows = written(torch.tensor([[6.0, 8.0], [-7.0, 0.0]]), self.OLD, "add_matched")
         assert rows.flatten().tolist() == pytest.approx([6, 8, -2, 2])
 
+    def test_replace_matched_writes_the_direction_at_the_norm_of_what_stands_there(self) -> None:
+        rows = written(torch.tensor([[6.0, 8.0], [-7.0, 0.0]]), self.OLD, "replace_matched")
+        assert rows.flatten().tolist() == pytest.approx([3, 4, -2, 0])
+        assert written(torch.tensor([0.0, 10.0]), self.OLD, "replace_matched", 0.5).flatten().tolist() == pytest.approx(
+            [0, 2.5, 0, 1]
+        )
+
     def test_the_others(self) -> None:
         v = torch.tensor([1.0, 0.0])
         assert written(None, self.OLD, "scale", 0.5).tolist() == [[1.5, 2], [0, 1]]
@@ -263,7 +270,7 @@ class TestEdits:
         assert written(torch.tensor([9.0]), self.OLD, "replace", features=(1,)).tolist() == [[3, 9], [0, 9]]
         assert written(torch.tensor([7.0, 9.0]), self.OLD, "replace", features=(1,)).tolist() == [[3, 9], [0, 9]]
 
-    @pytest.mark.parametrize("write", ["replace", "add", "add_matched", "interpolate", "mask"])
+    @pytest.mark.parametrize("write", ["replace", "add", "add_matched", "replace_matched", "interpolate", "mask"])
     def test_the_number_format_is_that_of_the_site_and_nothing_is_written_in_place(self, write: str) -> None:
         old, value = self.OLD.to(torch.bfloat16), torch.tensor([0.5, 0.25], dtype=torch.float64)
         found = written(value, old, write)  # type: ignore[arg-type]

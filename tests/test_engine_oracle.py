@@ -166,7 +166,7 @@ def test_every_way_to_write_at_every_site(case: Case) -> None:
     names = ("resid", "attn_out", "mlp_out") if WRITERS[family][1] else ("resid", "attn_out")
     places = [(f"{name}.{b}", i) for b in range(DEPTH) for name in names for i in (PREFIX, LENGTH - 1)]
     random.Random(1).shuffle(places)
-    writes = ("replace", "add", "add_matched")
+    writes = ("replace", "add", "add_matched", "replace_matched")
     patches = random_patches(case.hf, family, ids, places, torch.Generator().manual_seed(3), writes)
     assert {(p.site.split(".")[0], p.write) for p in patches} == set(product(names, writes))
     said = [say(case.hf, family, ids, patch, steps) for patch in patches]

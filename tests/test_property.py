@@ -26,7 +26,8 @@ def requests(draw: st.DrawFn) -> tuple[str, list[int], list[tuple[str, int]], li
         sites.append(blocks.map("mlp_out.{}".format))
     rows = st.tuples(st.one_of(sites), st.integers(0, len(ids) - 1))
     places = draw(st.lists(rows, min_size=1, max_size=6))
-    writes = draw(st.lists(st.sampled_from(["replace", "add", "add_matched"]), min_size=len(places), max_size=len(places)))
+    ways = st.sampled_from(["replace", "add", "add_matched", "replace_matched"])
+    writes = draw(st.lists(ways, min_size=len(places), max_size=len(places)))
     return family, ids, places, writes, draw(SEEDS)
 
 

@@ -112,10 +112,10 @@ def some_case(draw: Callable[..., Any], steps: bool = False) -> Case:
                 position = draw(st.lists(st.sampled_from(late), min_size=1, max_size=3, unique=True))
                 at = {p: list(position) for p in who}
         else:
-            write = draw(st.sampled_from(["replace", "add", "add_matched", "scale", "interpolate", "mask"]))
+            write = draw(st.sampled_from(["replace", "add", "add_matched", "replace_matched", "scale", "interpolate", "mask"]))
         amount = draw(st.sampled_from([1.0, 0.5, -0.7])) if write not in ("replace", "mask", "knock_out") else 1.0
         value = None
-        if write in ("replace", "add", "add_matched", "interpolate", "mask"):
+        if write in ("replace", "add", "add_matched", "replace_matched", "interpolate", "mask"):
             counts = {len(found) for found in at.values()}
             each = when == "prompt" and len(counts) == 1 and draw(st.booleans())
             if name in EDGES:

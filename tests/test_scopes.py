@@ -109,7 +109,7 @@ def test_writes_and_sites() -> None:
     model = loaded("llama")
     tokens = model.tokens("hello x is")
     value = states(model.hf, "llama", torch.tensor([model.tokens("ab").ids]))["attn_out.2"][0, -1]
-    for write in ("replace", "add", "add_matched"):
+    for write in ("replace", "add", "add_matched", "replace_matched"):
         scope = ps.Patchscope(TARGET, site="attn_out", layer=3, write=write, max_new_tokens=1)
         readings = scope(ps.Source(model, "ab", site="attn_out", layer=2), controls=False, keep_logits=True)
         want = say(model.hf, "llama", tokens.ids, Patch("attn_out.3", tokens.position("x"), value, write), 1)

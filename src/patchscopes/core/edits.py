@@ -2,9 +2,10 @@
 
 With x what stands at the site, v the edit's value and a its amount, x becomes
 
-    replace        v                          scale          a x
-    add            x + a v                    interpolate    x + a (v − x)
-    add_matched    x + a v ‖x‖ / ‖v‖          mask           x · v, elementwise
+    replace          v                        scale          a x
+    replace_matched  a v ‖x‖ / ‖v‖            interpolate    x + a (v − x)
+    add              x + a v                  mask           x · v, elementwise
+    add_matched      x + a v ‖x‖ / ‖v‖
     stop_gradient  x, behind which no gradient flows
     knock_out      no attention from `position` to `keys`: −∞ at `scores`, 0 at `pattern`
 
@@ -34,9 +35,19 @@ if TYPE_CHECKING:
     from patchscopes.core.edit_files import load_edits as load_edits
     from patchscopes.core.edit_files import save_edits as save_edits
 
-Write = Literal["replace", "add", "add_matched", "scale", "interpolate", "mask", "stop_gradient", "knock_out"]
-WRITES: tuple[Write, ...] = ("replace", "add", "add_matched", "scale", "interpolate", "mask", "stop_gradient", "knock_out")
-OF_SCOPES: tuple[Write, ...] = ("replace", "add", "add_matched")  # what a Patchscope may do with a state
+Write = Literal["replace", "add", "add_matched", "replace_matched", "scale", "interpolate", "mask", "stop_gradient", "knock_out"]
+WRITES: tuple[Write, ...] = (
+    "replace",
+    "add",
+    "add_matched",
+    "replace_matched",
+    "scale",
+    "interpolate",
+    "mask",
+    "stop_gradient",
+    "knock_out",
+)
+OF_SCOPES: tuple[Write, ...] = ("replace", "add", "add_matched", "replace_matched")  # what a Patchscope may do with a state
 _WITHOUT_VALUE = ("scale", "stop_gradient", "knock_out")
 Steps = Literal["prompt", "always"] | tuple[int, ...]
 
@@ -197,7 +208,8 @@ def written(
     coordinates: Coordinates | None = None,
     features: Sequence[int] | None = None,
 ) -> Tensor:
-    """What stands at the site afterwards. value, old: [..., width]. VectorError for a zero vector with "add_matched"."""
+    """What stands at the site afterwards. value, old: [..., width]. VectorError for a zero vector with "add_matched" and
+    "replace_matched"."""
     if coordinates is not None:
         f = coordinates.encode(old)
         if features is None and value is not None and value.ndim and value.shape[-1] not in (1, f.shape[-1]):
@@ -226,11 +238,14 @@ def written(
         return old * value
     if write == "interpolate":
         return old + amount * (value - old)
-    if write == "add_matched":
+    if write in ("add_matched", "replace_matched"):
         if not bool(value.any(dim=-1).all()):
+            done, plainly = ("added", "add") if write == "add_matched" else ("written", "replace")
             raise VectorError(
-                "a zero vector cannot be added in proportion (add_matched): it has no direction. Use write='add', or another vector"
+                f"a zero vector cannot be {done} in proportion ({write}): it has no direction. Use write='{plainly}', or another vector"
             )
         value = value * (old.norm(dim=-1, keepdim=True) / value.norm(dim=-1, keepdim=True))
+        if write == "replace_matched":
+            return (amount * value).expand_as(old)
     plain = isinstance(amount, float) and amount == 1.0
     return old + (value if plain else amount * value)

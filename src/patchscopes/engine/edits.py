@@ -255,5 +255,7 @@ def lengthened(edit: Placed, prompt: int, said: int) -> Placed | None:
 
 def beyond_windows(engine: Engine, edits: Iterable[Placed]) -> bool:
     """Whether attention is given to keys that a cache may have dropped: those behind a sliding window are there only in a full pass."""
-    given = any(e.site.name in EDGES and e.write in ("replace", "add", "add_matched", "interpolate") for e in edits)
+    given = any(
+        e.site.name in EDGES and e.write in ("replace", "add", "add_matched", "replace_matched", "interpolate") for e in edits
+    )
     return given and any(getattr(layer, "is_sliding", False) for layer in getattr(engine.new_cache(), "layers", ()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -28,5 +29,7 @@ class Affine:
         """weight · h + bias. VectorError if h has another width."""
         if h.shape[-1] != self.weight.shape[1]:
             raise VectorError(f"the map {self.name!r} takes vectors {self.weight.shape[1]} wide, but got {h.shape[-1]}")
-        out = h @ self.weight.to(h).T
-        return out if self.bias is None else out + self.bias.to(h)
+        # half-precision states are mapped in float32: the ones on the diagonal of I + W would round W away
+        x = h.to(torch.promote_types(h.dtype, torch.float32))
+        out = x @ self.weight.to(x).T
+        return (out if self.bias is None else out + self.bias.to(x)).to(h.dtype)

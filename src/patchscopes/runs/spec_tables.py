@@ -31,7 +31,7 @@ TargetLayer = Annotated[
 ]
 _Site = Literal["resid", "attn_in", "attn_out", "mlp_in", "mlp_out"]
 SiteName = Annotated[_Site, BeforeValidator(grammar.site, json_schema_input_type=_Site)]
-WriteName = Literal["replace", "add", "add_matched"]
+WriteName = Literal["replace", "add", "add_matched", "replace_matched"]
 Count = Annotated[int, Field(ge=1)]
 Temperature = Annotated[float, Field(ge=0)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(grammar.listed, json_schema_input_type=str | list[str])]
@@ -213,7 +213,7 @@ class ScopeSpec(Table):
         None, description="Where it is written: resid, attn_in, attn_out, mlp_in or mlp_out. Absent: resid."
     )
     write: WriteName | None = Field(
-        None, description="replace, add or add_matched (in proportion to what is there). Absent: replace."
+        None, description="replace, add, add_matched or replace_matched (in proportion to what is there). Absent: replace."
     )
     temperature: Temperature | None = described("temperature")
     draws: Count | None = described("draws")

@@ -108,8 +108,8 @@ class Controls:
         """Every control run of a cell with the vector `own`: (kind, key, prompt, position, vector or None). A key says all that a run
         hangs on: runs of equal key are one, and draw from the same seed."""
         viewing = self.viewing
-        target, f = viewing.targets[cell.target], viewing.maps[cell.map]
-        at = f"{cell.source_layer} {target.digest} {cell.target_layer} {viewing.map_digests[cell.map]} {cell.draw}"
+        target, f = viewing.targets[cell.target], viewing.map_of(cell)
+        at = f"{cell.source_layer} {target.digest} {cell.target_layer} {viewing.map_digest(cell)} {cell.draw}"
         yield "nothing", f"nothing {target.digest} {cell.draw}", target.tokens, target.position, None
         key = f"random {viewing.identity(cell)}"
         yield "random", key, target.tokens, target.position, random_like(own[None], f"{self.seed} {key}")[0]
@@ -206,7 +206,7 @@ def _under_vectors(
         second = world.second.sound(cell.place, cell.source_layer)
         if second is None:
             continue
-        f = viewing.maps[cell.map]
+        f = viewing.map_of(cell)
         own = f(second)
         states = [world.vector(o, cell.source_layer, second=True) for o in world.others(cell.place)]
         random_ = random_like(own.expand(N_RANDOM, -1), f"{scope.seed} scored {viewing.identity(cell)}")

@@ -43,7 +43,8 @@ class Patchscope:
     model           M*; None: the source's model
     max_new_tokens  tokens said at most
     stop            strings that end a text; they are not part of it
-    site, write     where and how f(h) is written: "resid", "attn_out", "mlp_out"; "replace", "add", "add_matched" (see `Edit`)
+    site, write     where and how f(h) is written: "resid", "attn_out", "mlp_out"; "replace", "add", or one of these in proportion to what is
+                    there, "replace_matched", "add_matched" (see `Edit`)
     edits           further edits of every target run (see `Edit`): attention knocked out, a head steered, at the prompt or at later
                     tokens. Controls run under them too
     temperature     0: greedy; else `draws` texts are sampled for every cell, from seeds that depend on `seed` and the cell alone

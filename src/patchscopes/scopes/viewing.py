@@ -26,7 +26,7 @@ from patchscopes.core.layers import Layers, resolve_layers
 from patchscopes.core.sites import SCOPED
 from patchscopes.engine.continued import stopping
 from patchscopes.engine.generate import Decoding, Request, stream
-from patchscopes.maps import Map, digest_of
+from patchscopes.maps import Map, digest_of, map_between
 from patchscopes.model.model import Model
 from patchscopes.model.tokens import Tokens
 from patchscopes.scopes.cells import Cell, product
@@ -81,7 +81,9 @@ class Viewing:
         self.layers = self.sources[0].layers()
         self.pairs = self._layer_pairs()
         self.maps: list[Map] = [scope.map] if callable(scope.map) else list(scope.map)
-        self.map_digests = [digest_of(f) for f in self.maps]
+        self._between: dict[tuple[int, int, int], Map] = {}
+        self._digests: dict[tuple[int, int, int], str] = {}
+        self._check_maps()
         self.sight = Sight(self.origin, self.places, self.layers, self.site)
         self.controls = Controls(self) if controls else None
 
@@ -93,7 +95,21 @@ class Viewing:
     def identity(self, cell: Cell) -> str:
         """The content of a cell: the same wherever it stands in whatever call."""
         place, target = self.places[cell.place].digest, self.targets[cell.target].digest
-        return f"{place} {cell.source_layer} {target} {cell.target_layer} {self.map_digests[cell.map]} {cell.draw}"
+        return f"{place} {cell.source_layer} {target} {cell.target_layer} {self.map_digest(cell)} {cell.draw}"
+
+    def map_of(self, cell: Cell) -> Map:
+        """f of a cell: of a map that differs between layers, the one of its layers."""
+        key = (cell.map, cell.source_layer, cell.target_layer)
+        if key not in self._between:
+            self._between[key] = map_between(self.maps[cell.map], cell.source_layer, cell.target_layer)
+        return self._between[key]
+
+    def map_digest(self, cell: Cell) -> str:
+        """A hash of it: what a map is at other layers does not matter to a cell."""
+        key = (cell.map, cell.source_layer, cell.target_layer)
+        if key not in self._digests:
+            self._digests[key] = digest_of(self.map_of(cell))
+        return self._digests[key]
 
     @cached_property
     def content(self) -> str:
@@ -183,7 +199,7 @@ class Viewing:
         h = self.sight.vector(cell.place, cell.source_layer)
         where = f"layer {cell.source_layer}, position {place.position} of {_short(place.text)}"
         require_finite(h, f"the state at {where}")
-        f = self.maps[cell.map]
+        f = self.map_of(cell)
         vector = f(h)
         require_finite(vector, f"what the map {f.name!r} makes of the state at {where}")
         return vector
@@ -273,14 +289,19 @@ class Viewing:
                     f"the target prompt has {len(target.tokens)} tokens and {scope.max_new_tokens} more were asked for, but "
                     f"{target_model.name} reads at most {target_model.context}; give a shorter prompt or max_new_tokens ≤ {room}"
                 )
-        for f in [scope.map] if callable(scope.map) else scope.map:
-            out = f(torch.zeros(1, origin.d_model, device=target_model.device))
+        return origin, target_model, targets
+
+    def _check_maps(self) -> None:
+        """LayerError if a map knows no such layers, VectorError if it takes or makes vectors of another width."""
+        origin, target_model = self.origin, self.target_model
+        one = torch.ones(1, origin.d_model, device=target_model.device)
+        for f, (source_layer, target_layer) in ((f, pair) for f in self.maps for pair in self.pairs):
+            out = map_between(f, source_layer, target_layer)(one)
             if out.shape[-1] != target_model.d_model:
                 raise VectorError(
                     f"the map {f.name!r} makes vectors {out.shape[-1]} wide from {origin.name} ({origin.d_model} wide), but "
                     f"{target_model.name} is {target_model.d_model} wide. Give a map between the two: map=ps.maps.Affine(weight, bias)"
                 )
-        return origin, target_model, targets
 
     def _layer_pairs(self) -> list[tuple[int, int]]:
         asked, top = self.scope.layer, self.target_model.n_layers - (self.scope.site != "resid")

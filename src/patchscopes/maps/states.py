@@ -1,0 +1,146 @@
+"""States of one text in two models (or in one), at many layers, in chunks of aligned positions."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from patchscopes.core.errors import InputError, LayerError, RefusedError
+from patchscopes.core.layers import resolve_layers
+from patchscopes.core.sites import SCOPED
+from patchscopes.maps.align import aligned
+from patchscopes.model.model import Model
+from patchscopes.model.tokens import Tokens
+
+TOKENS_AT_ONCE = 8192  # of one pass, padding included
+
+Pairs = Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """A text as both models see it, and the positions that are compared: those that match, or some of them."""
+
+    source: Tokens
+    target: Tokens
+    positions: tuple[tuple[int, int], ...]
+    matched: int
+
+
+@dataclass(frozen=True, eq=False)
+class States:
+    """Where maps go: pairs of layers (ℓ, ℓ*) of a source and a target model, at one site."""
+
+    source: Model
+    target: Model
+    pairs: tuple[tuple[int, int], ...]
+    site: str
+
+    @property
+    def source_layers(self) -> list[int]:
+        """Layers read of the source."""
+        return sorted({source for source, _ in self.pairs})
+
+    @property
+    def target_layers(self) -> list[int]:
+        """Layers read of the target."""
+        return sorted({target for _, target in self.pairs})
+
+    def texts(self, texts: Sequence[str], positions: int | None, seed: int) -> list[Text]:
+        """The texts with their positions; `positions`: at most so many of each, drawn. InputError if nothing matches anywhere."""
+        found = []
+        for text in texts:
+            own = self.source.tokens(text)
+            other = own if self.target is self.source else self.target.tokens(text)
+            both = aligned(own, other)
+            some = both
+            if positions is not None and len(both) > positions:
+                some = sorted(random.Random(f"{seed} {digest_of_texts([text])}").sample(both, positions))
+            found.append(Text(own, other, tuple(some), len(both)))
+        if not any(text.positions for text in found):
+            raise InputError(
+                f"none of the {len(texts)} texts has a position to compare (tokens of both models that end at one character, the first of "
+                "a text left out); give longer texts"
+            )
+        return found
+
+    def chunks(self, texts: Sequence[Text]) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor], list[Text]]]:
+        """(x[ℓ] [row, d_source], y[ℓ*] [row, d_target], the texts they are of): each text run once in each model, all layers read."""
+        queue = sorted((text for text in texts if text.positions), key=lambda text: len(text.source))
+        while queue:
+            size = max(1, TOKENS_AT_ONCE // max(len(queue[-1].source), len(queue[-1].target)))
+            batch, queue = queue[-size:], queue[:-size]
+            if self.target is self.source:
+                both = _read(self.source, batch, {*self.source_layers, *self.target_layers}, self.site, of_target=False)
+                yield both, both, batch
+            else:
+                x = _read(self.source, batch, self.source_layers, self.site, of_target=False)
+                y = _read(self.target, batch, self.target_layers, self.site, of_target=True)
+                yield x, {layer: one.to(next(iter(x.values())).device) for layer, one in y.items()}, batch
+
+
+def states(source: Model, target: Model | None, layers: str | Pairs, site: str) -> States:
+    """Layers resolved and everything checked.
+
+    layers: pairs (ℓ, ℓ*), negative from the end; or "same" (ℓ* = ℓ), "last" (every ℓ < L into L), "all" (every pair).
+    """
+    target = target or source
+    for model in (source, target):
+        if model.engine.streams:
+            raise RefusedError(
+                f"{model.name} carries {model.engine.streams} residual streams; maps are fitted between single ones"
+            )
+    if site not in SCOPED:
+        raise InputError(f"maps are fitted at {', '.join(SCOPED)}, not at {site!r}")
+    top, other = (model.n_layers - (site != "resid") for model in (source, target))
+    if layers == "same":
+        if top != other:
+            raise LayerError(f"layers='same', but {source.name} has {top} and {target.name} {other}; name pairs of layers")
+        pairs = [(layer, layer) for layer in range(top + 1)]
+    elif layers == "last":
+        pairs = [(layer, other) for layer in range(top + (target is not source))]
+    elif layers == "all":
+        pairs = [(layer, to) for layer in range(top + 1) for to in range(other + 1)]
+    elif isinstance(layers, str):
+        raise LayerError(f"layers is {layers!r}; expected 'same', 'last', 'all' or pairs such as [(2, 6), (3, -1)]")
+    else:
+        pairs = [(resolve_layers(s, top)[0], resolve_layers(t, other)[0]) for s, t in layers]
+    if not pairs:
+        raise LayerError("no layers were named; expected at least one pair")
+    return States(source, target, tuple(dict.fromkeys(pairs)), site)
+
+
+def split(texts: Sequence[str], held_out: float, seed: int) -> tuple[list[str], list[str]]:
+    """(for fitting, held out): by the texts' content, so that equal texts never stand on both sides."""
+    if not 0 < held_out < 1:
+        raise InputError(f"held_out is {held_out:g}; expected a share between 0 and 1")
+    unique = sorted(dict.fromkeys(texts), key=lambda text: hashlib.blake2b(f"{seed} {text}".encode()).digest())
+    n = max(1, round(len(unique) * held_out))
+    if len(unique) - n < 1:
+        raise InputError(f"{len(unique)} different texts were given; expected at least two, one of them to be held out")
+    away = set(unique[:n])
+    return [text for text in texts if text not in away], [text for text in texts if text in away]
+
+
+def digest_of_texts(texts: Sequence[str]) -> str:
+    """A hash of some texts in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for text in texts:
+        digest.update(f"{len(text)} {text}".encode(errors="surrogatepass"))
+    return digest.hexdigest()
+
+
+def _read(model: Model, batch: Sequence[Text], layers: set[int] | list[int], site: str, *, of_target: bool) -> dict[int, Tensor]:
+    run = model.run(
+        [text.target if of_target else text.source for text in batch], read=[f"{site}.{layer}" for layer in sorted(layers)]
+    )
+    rows, columns = [], []
+    for row, text in enumerate(batch):
+        real = run.mask[row].nonzero()[:, 0].tolist()
+        rows += [row] * len(text.positions)
+        columns += [real[pair[of_target]] for pair in text.positions]
+    return {layer: run[f"{site}.{layer}"][rows, columns] for layer in sorted(layers)}
