@@ -193,6 +193,7 @@ def _scope(spec: ScopeSpec, part: Experiment, models: Mapping[str, Model], origi
         "write": spec.write,
         "spread": spec.spread,
         "carry": spec.carry,
+        "guidance": spec.guidance,
         "name": spec.name,
         "second_look": part.second_look,
         "edits": None if spec.edits is None else load_edits(_there(spec.edits)),

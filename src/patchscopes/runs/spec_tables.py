@@ -229,6 +229,10 @@ class ScopeSpec(Table):
         description="What is written in them: one (the same vector in all), or each (the state of the layer as far from the one read). "
         "Absent: one.",
     )
+    guidance: float | None = Field(
+        None,
+        description="w: tokens are chosen by p + w (p - u), with p the logits with the state in place, u those without. Absent: 0.",
+    )
     temperature: Temperature | None = described("temperature")
     draws: Count | None = described("draws")
     edits: File | None = Field(

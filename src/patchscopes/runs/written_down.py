@@ -181,6 +181,7 @@ def _scope(scope: Patchscope, origin: Model, folder: Path) -> dict[str, Any]:
         "write": scope.write,
         "spread": scope.spread,
         "carry": scope.carry,
+        "guidance": float(scope.guidance),
     }
     if not all(isinstance(prompt, str) and SLOT in prompt for prompt in prompts):
         places = [_place(one) for one in _listed(scope.position)]

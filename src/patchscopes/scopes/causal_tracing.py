@@ -11,6 +11,8 @@ embeddings and the mean over ten draws of ε; here each draw is a scope of its o
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from patchscopes.core.edits import Edit
@@ -38,8 +40,8 @@ def causal_tracing(
         raise InputError(f"noise is {noise:g}; expected a number of standard deviations, at least 0")
     tokens = model.tokens(prompt)
     span = Span(tokens.first(subject), tokens.position(subject))
-    table = model.hf.get_input_embeddings().weight
-    sigma = noise * float(table.detach().float().std())
+    hf: Any = model.hf
+    sigma = noise * float(hf.get_input_embeddings().weight.detach().float().std())
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that all devices draw the same
     epsilon = sigma * torch.randn(span.last - span.first + 1, model.d_model, generator=generator)
     edit = Edit("embed", list(range(span.first, span.last + 1)), epsilon.to(model.device, model.dtype), "add")

@@ -216,9 +216,10 @@ def _under_vectors(
         kinds += [("others", viewing.mapped(cell, state)) for state in others if state is not None]
         ids = viewing.target_of(cell).tokens.ids
         for kind, state in kinds:
-            cases.append(Case(ids, viewing.row(cell, state), texts_of[cell]))
+            cases.append(Case(ids, viewing.row(cell, state), texts_of[cell], viewing.without(cell, state)))
             owners.append((cell, kind))
-    log_p = dict(scores(model.engine, cases, route=model.capabilities.readout_route))
+    route = model.capabilities.readout_route
+    log_p = dict(scores(model.engine, cases, route=route, guidance=scope.guidance))
     found: dict[Cell, dict[str, list[float]]] = {}
     for k, (cell, kind) in enumerate(owners):
         found.setdefault(cell, {}).setdefault(kind, []).append(float(log_p[k].double().sum()))

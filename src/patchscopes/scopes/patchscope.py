@@ -47,6 +47,8 @@ class Patchscope:
                     "one" or "each"
     edits           further edits of every target run (see `Edit`): attention knocked out, a head steered, at the prompt or at later
                     tokens. Controls run under them too
+    guidance        w: tokens are chosen by p + w (p − u), p the logits with the state in place and u those of the same text without it
+                    (classifier-free guidance)
     temperature     0: greedy; else `draws` texts are sampled for every cell, from seeds that depend on `seed` and the cell alone
     second_look     the neutral text behind which sources are read again for their evidence
     """
@@ -63,6 +65,7 @@ class Patchscope:
     spread: Spread = "here"
     carry: Carry = "one"
     edits: Sequence[Edit] = ()
+    guidance: float = 0.0
     temperature: float = 0.0
     draws: int = 1
     seed: int = 0

@@ -86,8 +86,9 @@ def relevancy(scope: Patchscope, source: Source | Sequence[Source]) -> list[Rele
     cases: list[Case] = []
     for cell, text in zip(cells, texts, strict=True):
         ids = viewing.target_of(cell).tokens.ids
-        cases += [Case(ids, viewing.row(cell, state), text) for state in (viewing.written(cell), None)]
-    log_p = dict(scores(model.engine, cases, route=model.capabilities.readout_route))
+        for state in (viewing.written(cell), None):
+            cases.append(Case(ids, viewing.row(cell, state), text, viewing.without(cell, state)))
+    log_p = dict(scores(model.engine, cases, route=model.capabilities.readout_route, guidance=scope.guidance))
     return [
         _relevancy(viewing, cell, text, log_p[2 * k], log_p[2 * k + 1])
         for k, (cell, text) in enumerate(zip(cells, texts, strict=True))

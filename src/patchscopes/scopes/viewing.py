@@ -169,6 +169,7 @@ class Viewing:
         parts = [self.site, scope.site, scope.write, scope.max_new_tokens, list(scope.stop), scope.temperature, scope.seed]
         parts += [scope.second_look if self.controls else None]
         parts += [(scope.spread, scope.carry)] if scope.spread != "here" else []
+        parts += [f"guidance {scope.guidance}"] if scope.guidance else []
         return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
     def kinds(self, cell: Cell) -> list[str]:
@@ -246,7 +247,11 @@ class Viewing:
         """A run of a cell: with `state` written, or of its prompt with words of text in the placeholder's place."""
         if words is not None:
             return Request(words.ids, self.plain_row(cell, words), seed)
-        return Request(self.target_of(cell).tokens.ids, self.row(cell, state), seed)
+        return Request(self.target_of(cell).tokens.ids, self.row(cell, state), seed, self.without(cell, state))
+
+    def without(self, cell: Cell, state: Tensor | None) -> Row | None:
+        """What guidance leads away from: the run in which nothing is written."""
+        return self.row(cell, None) if self.scope.guidance and state is not None else None
 
     def plain_row(self, cell: Cell, words: Tokens) -> Row:
         """A run of another prompt in a cell's place, in which nothing is written."""
@@ -268,7 +273,9 @@ class Viewing:
     def _generate(self, requests: dict[str, Request], keep_logits: bool, top_k: int, progress: Progress) -> dict[str, _Said]:
         """Run all requests, of all target prompts, in one stream."""
         model, scope = self.target_model, self.scope
-        decoding = Decoding(scope.max_new_tokens, model.end_ids, stopping(model.decode, scope.stop), scope.temperature)
+        decoding = Decoding(
+            scope.max_new_tokens, model.end_ids, stopping(model.decode, scope.stop), scope.temperature, scope.guidance
+        )
         route = model.capabilities.route if decoding.max_new_tokens > 1 else model.capabilities.readout_route
         keys, found = list(requests), dict[str, _Said]()
         for k, one in stream(model.engine, list(requests.values()), decoding, route=route):
@@ -340,6 +347,8 @@ class Viewing:
             for ability in ("hooks_seen", "identity", "rows_independent"):
                 model.capabilities.require(ability, what)
         require_spread(scope.spread, scope.carry)
+        if not math.isfinite(scope.guidance):
+            raise InputError(f"guidance is {scope.guidance}; expected a finite number, 0 for none")
         prompts = [scope.prompt] if isinstance(scope.prompt, (str, Tokens)) else list(scope.prompt)
         targets = [resolve_target(target_model, prompt, scope.position, scope.edits) for prompt in prompts]
         for target in targets:
@@ -420,6 +429,7 @@ class Viewing:
                 "carry": scope.carry,
                 "edits": [f"{edit!r} {edit.digest}" for edit in scope.edits],
                 "temperature": scope.temperature,
+                "guidance": scope.guidance,
                 "draws": scope.draws,
                 "seed": scope.seed,
             },
