@@ -15,6 +15,7 @@ from patchscopes.scopes.patchscope import Patchscope
 from patchscopes.scopes.readings import Grid, Readings
 from patchscopes.scopes.selfie import Relevancy, relevancy, selfie
 from patchscopes.scopes.source import Source
+from patchscopes.scopes.superscopes import best_of, chosen, criterion, superscope
 
 __all__ = [
     "Grid",
@@ -24,7 +25,10 @@ __all__ = [
     "Source",
     "attention_knockout",
     "attribute_lens",
+    "best_of",
     "causal_tracing",
+    "chosen",
+    "criterion",
     "cross_model",
     "describe",
     "embedding_space",
@@ -35,4 +39,5 @@ __all__ = [
     "logit_lens",
     "relevancy",
     "selfie",
+    "superscope",
 ]
