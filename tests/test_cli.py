@@ -161,7 +161,6 @@ INPUTS = [
     (("the cat", "--layers", "0:9"), 2, "0 to 3"),
     (("the cat", "--layers", "first"), 2, "0 to 3"),
     (("the cat", "--target-layer", "9"), 2, "layers 0 to 3"),
-    (("the cat", "--scope", "{x} and {x}"), 2, "2 slots"),
     (("a" * 2 * CONTEXT,), 2, f"at most {CONTEXT}"),
     (("the cat", "--tokens", CONTEXT), 2, f"at most {CONTEXT}"),
     (("the cat", "--at", "all", "--target-layer", "all", "--figure", "map.png"), 2, "--figure"),
@@ -299,6 +298,8 @@ SCOPES = {
     "identity": ("identity", 1, "same"),
     "identity-bare": ("identity", 1, "same"),
     "logit-lens": ("logit-lens", 1, -1),
+    "embedding-space": ("embedding-space", 1, -1),
+    "future-lens": ("future-lens", 4, "same"),
     "The capital of {x} is": ("extract", 10, "same"),
 }
 

@@ -335,7 +335,7 @@ class TestBadInput:
     def test_scopes(self) -> None:
         for scope, kind, words in (
             (ps.Patchscope("hello is"), PositionError, r"\{x\}"),
-            (ps.Patchscope("{x} and {x}"), PositionError, "2 slots"),
+            (ps.Patchscope("hello x", position=[]), PositionError, "empty list"),
             (ps.Patchscope(TARGET, layer=7), LayerError, "0 to 5"),
             (ps.Patchscope(TARGET, site="mlp"), UnknownName, "mlp_out"),
             (ps.Patchscope(TARGET, max_new_tokens=0), InputError, "at least 1"),

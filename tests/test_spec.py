@@ -172,6 +172,7 @@ def test_every_key_of_a_part_is_one_of_the_experiment_and_wins() -> None:
         "prompts": "b",
         "at": 0,
         "layers": 1,
+        "span": 2,
         "site": "mlp_out",
         "scope": "identity",
         "map": {"scale": 3},
@@ -355,7 +356,7 @@ def test_names_are_those_of_the_library() -> None:
     assert kinds["ScopeSpec"]["properties"]["preset"]["anyOf"][0]["enum"] == list(SCOPES)
     assert kinds["ScopeSpec"]["properties"]["write"]["anyOf"][0]["enum"] == list(OF_SCOPES)
     assert schema()["properties"]["site"]["enum"] == list(SCOPED)
-    assert [named(scope).name for scope in SCOPES] == ["describe", "identity", "identity", "logit-lens"]
+    assert [named(scope).name for scope in SCOPES] == ["describe", "identity", "identity", *SCOPES[3:]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- files
@@ -478,6 +479,7 @@ def test_the_digest_is_of_what_is_asked_for() -> None:
         "prompts": ["We talked about Franc"],
         "at": -1,
         "layers": [0, 3],
+        "span": 2,
         "site": "resid",
         "scope": "describe",
         "map": "identity",

@@ -50,7 +50,7 @@ POOL = (
 )
 
 
-def random_like(vectors: Float[Tensor, "row d_model"], key: str) -> Float[Tensor, "row d_model"]:
+def random_like(vectors: Float[Tensor, "*row d_model"], key: str) -> Float[Tensor, "*row d_model"]:
     """Isotropic random vectors with the norms of `vectors`. Equal keys give equal vectors, on any device and in any batch."""
     generator = torch.Generator().manual_seed(seed_of(key))
     noise = torch.randn(vectors.shape, generator=generator, dtype=torch.float64).to(vectors)

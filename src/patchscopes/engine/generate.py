@@ -51,11 +51,20 @@ class Generated:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """Go on from the ids `target` under the edit of `row` (whose `target` does not count). `seed` matters above temperature 0."""
+    """Go on from the ids `target` under the edit of `row` (whose `target` does not count). `seed` matters above temperature 0.
+
+    without: the run that guidance leads away from; None: the same, so that there is none
+    """
 
     target: tuple[int, ...]
     row: Row
     seed: int = 0
+    without: Row | None = None
+
+    @property
+    def companion(self) -> Row:
+        """The row that runs beside it under guidance."""
+        return self.row if self.without is None else self.without
 
 
 def generate(
@@ -92,9 +101,9 @@ def stream(
 
     ResourceError if a single row does not fit.
     """
-    if beyond_windows(engine, (edit for request in requests for edit in request.row.more)):
+    if beyond_windows(engine, (edit for request in requests for edit in (*request.row.more, *request.companion.more))):
         route = "hooks"
-    alike = _alike(requests, sampled=decoding.temperature > 0)
+    alike = _alike(requests, sampled=decoding.temperature > 0, guided=decoding.guidance != 0)
     firsts = list(alike)
     packs = pack(
         [wish_of(requests[k].target, requests[k].row, engine.n_layers) for k in firsts],
@@ -137,9 +146,11 @@ def _halved(
     return [Pack(half, [w for w in one.wishes if requests[firsts[w]].target in half]) for half in halves]
 
 
-def _alike(requests: Sequence[Request], *, sampled: bool) -> dict[int, list[int]]:
+def _alike(requests: Sequence[Request], *, sampled: bool, guided: bool) -> dict[int, list[int]]:
     """Requests that give the same, by the first of them. Sampled ones differ by their seeds."""
     keys = same_rows([request.row for request in requests])
+    if guided:
+        keys = list(zip(keys, same_rows([request.companion for request in requests]), strict=True))
     groups: dict[tuple, list[int]] = {}
     for k, request in enumerate(requests):
         groups.setdefault((request.target, keys[k], request.seed if sampled else 0), []).append(k)
@@ -154,7 +165,11 @@ class _Work:
     ):
         self.engine, self.decoding, self.route, self.requests = engine, decoding, route, requests
         numbers = {ids: t for t, ids in enumerate(one.targets)}
-        self.rows = {k: replace(requests[k].row, target=numbers[requests[k].target]) for k in one.wishes}
+        target_of = {k: numbers[requests[k].target] for k in one.wishes}
+        self.rows = {k: replace(requests[k].row, target=target_of[k]) for k in one.wishes}
+        self.companions: dict[int, Row] = {}
+        if decoding.guidance:
+            self.companions = {k: replace(requests[k].companion, target=target_of[k]) for k in one.wishes}
         width = max(map(len, one.targets))
         targets = torch.zeros(len(one.targets), width, dtype=torch.long)
         mask = torch.zeros(targets.shape, dtype=torch.bool)
@@ -165,7 +180,7 @@ class _Work:
         self.stem = Stem(
             engine,
             targets.to(engine.device),
-            list(self.rows.values()),
+            [*self.rows.values(), *self.companions.values()],
             route=route,
             caching=decoding.max_new_tokens > 1,
             mask=None if bool(mask.all()) else mask.to(engine.device),
@@ -173,7 +188,7 @@ class _Work:
             room=decoding.max_new_tokens - 1,
         )
         # a gap moves the columns of keys, of which later edits speak
-        self.gaps = engine.packing.gaps and not any(row.later for row in self.rows.values())
+        self.gaps = engine.packing.gaps and not any(row.later for row in (*self.rows.values(), *self.companions.values()))
         # rows that skip as many blocks run together
         self.waiting = deque(sorted(self.rows, key=lambda k: self.rows[k].join(engine.n_layers)))
         if route != "hooks":
@@ -184,21 +199,31 @@ class _Work:
         """Bytes of one row: what it owns of keys and values, the activations of a block, and the logits about three times over."""
         stem = self.stem
         later = 0.0 if stem.base is None else row_bytes(stem.base.cache, stem.room + 1, whole=stem.caching)
-        return later + activation_bytes(self.engine, stem.suffix, self.last + 1) + 3.0 * 4 * self.engine.vocab
+        one = later + activation_bytes(self.engine, stem.suffix, self.last + 1) + 3.0 * 4 * self.engine.vocab
+        return one * (2 if self.companions else 1)
 
     def _later(self) -> float:
         """Bytes that a row takes after it has begun: by which its buffers grow, and a step's logits beside the first, which are kept."""
         if self.stem.base is None:
             return 0.0
         whole, begun = (row_bytes(self.stem.base.cache, n, whole=True) for n in (self.stem.room, min(self.stem.room, FEW)))
-        return whole - begun + 4.0 * self.engine.vocab
+        return (whole - begun + 4.0 * self.engine.vocab) * (2 if self.companions else 1)
 
     def _take(self, n: int) -> list[int]:
         return [self.waiting.popleft() for _ in range(min(n, len(self.waiting)))]
 
+    def _beside(self, some: list[int]) -> list[Row]:
+        """The rows of some requests, each with its companion behind it if it has one."""
+        if not self.companions:
+            return [self.rows[k] for k in some]
+        return [row for k in some for row in (self.rows[k], self.companions[k])]
+
     @torch.no_grad()
     def _walk(self, some: list[int], *, caching: bool) -> Walked:
-        return self.stem.walk([self.rows[k] for k in some], [self.last], caching=caching)
+        """Of the rows; the cache is that of their companions too."""
+        walked = self.stem.walk(self._beside(some), [self.last], caching=caching)
+        ratios = walked.norm_ratio[0::2] if self.companions else walked.norm_ratio
+        return replace(walked, logits=self.decoding.guided(walked.logits), norm_ratio=ratios)
 
     def read(self) -> Iterator[tuple[int, Generated]]:
         """The next token of every row (and, by full passes for every token, those after it: route "hooks")."""
@@ -230,12 +255,14 @@ class _Work:
             said = list(self.requests[k].target)
             while not speech.look():
                 said += speech.last().tolist()
-                own, n = self.rows[k], len(self.requests[k].target)
-                more = tuple(one for edit in own.more if (one := lengthened(edit, n, len(said) - n)) is not None)
-                row = replace(own, target=0, more=more)
+                n, rows = len(self.requests[k].target), list[Row]()
+                for own in self._beside([k]):
+                    more = tuple(one for edit in own.more if (one := lengthened(edit, n, len(said) - n)) is not None)
+                    rows.append(replace(own, target=0, more=more))
                 ids = torch.tensor([said], device=self.engine.device)
                 with torch.no_grad():
-                    speech.hear(Stem(self.engine, ids, [row], route="hooks").walk([row], [len(said) - 1]).logits[:, 0])
+                    both = Stem(self.engine, ids, rows, route="hooks").walk(rows, [len(said) - 1]).logits[:, 0]
+                    speech.hear(self.decoding.guided(both))
             yield k, Generated(speech.leave()[0][k], logits[0], float(walked.norm_ratio[r]))
 
     def spoken(self) -> Iterator[tuple[int, Generated]]:
@@ -273,7 +300,8 @@ class _Work:
 
     def _begin(self, some: list[int], batch: Batch, speech: Speech, begun: dict[int, tuple[Tensor, float]]) -> None:
         walked = self._walk(some, caching=True)
-        batch.enter([self.rows[k].target for k in some], walked.cache, [self.rows[k].later for k in some])
+        rows = self._beside(some)
+        batch.enter([row.target for row in rows], walked.cache, [row.later for row in rows])
         speech.enter(some, [self.requests[k].seed for k in some], walked.logits[:, 0])
         begun.update(zip(some, zip(walked.logits[:, 0], walked.norm_ratio.tolist(), strict=True), strict=True))
 
@@ -283,11 +311,13 @@ class _Work:
             if speech.look(waiting=bool(self.waiting) and self.gaps):
                 texts, stay = speech.leave()
                 if stay:
-                    batch.keep(stay)
+                    batch.keep([2 * r + k for r in stay for k in (0, 1)] if self.companions else stay)
                 else:
                     batch.__init__(self.stem)
                 return texts
-            speech.hear(batch.forward(speech.last()))
+            last = speech.last()
+            both = batch.forward(last.repeat_interleave(2) if self.companions else last)
+            speech.hear(self.decoding.guided(both))
 
     def _give_back(self, some: list[int], error: BaseException) -> None:
         """Rows that did not fit wait again. Any other error is raised."""

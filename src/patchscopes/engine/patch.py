@@ -230,6 +230,7 @@ class Stem:
         n, first = len(some), joins[0]
         present = [bisect_right(joins, layer) for layer in range(engine.n_layers + 1)]
         ratios, writes = torch.ones(n, device=device), self._writes(some)
+        embedded = any(edit.site.name == "embed" for row in some for edit in row.more)
 
         seated: dict[int, Seats] = {}
         cache, seats = None, Seats([self.prompt_of[t] for t in targets], max(self.prompt_of) + 1, device)
@@ -243,7 +244,9 @@ class Stem:
             newcomers = slice(old, present[layer])
 
             def change(x: Tensor) -> Tensor:
-                if layer in arrivals:
+                if layer == 0 and embedded:  # which the base is not
+                    x = x.narrow(-3, 0, present[0]).clone()
+                elif layer in arrivals:
                     fresh = reading.h[layer]
                     fresh = fresh.index_select(-3, target_of[newcomers].to(fresh.device))
                     x = torch.cat([x.narrow(-3, 0, old).to(fresh.device), fresh], -3)

@@ -17,6 +17,7 @@ from patchscopes.engine.memory import Room, Tell, is_out_of_memory
 from patchscopes.engine.packing import Wish, pack
 from patchscopes.engine.patch import Route, Stem
 from patchscopes.engine.rows import Row, wish_of
+from patchscopes.engine.speech import Decoding
 
 LOGITS_AT_ONCE = 2**26  # numbers, 256 MiB in float32: rows · tokens · vocabulary of one pass
 ROWS = 4096  # at a time at most
@@ -26,11 +27,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """`text` after the ids `target`, under the edit of `row` (whose `target` does not count)."""
+    """`text` after the ids `target`, under the edit of `row` (whose `target` does not count). without: as in `generate.Request`."""
 
     target: tuple[int, ...]
     row: Row
     text: Sequence[int]
+    without: Row | None = None
+
+    def rows(self, guidance: float) -> tuple[Row, ...]:
+        """The row, and its companion under guidance."""
+        return (self.row, self.row if self.without is None else self.without) if guidance else (self.row,)
 
 
 def score(
@@ -46,26 +52,30 @@ def score(
 
 
 def scores(
-    engine: Engine, cases: Sequence[Case], *, route: Route = "stairs", tell: Tell = _log.warning
+    engine: Engine, cases: Sequence[Case], *, route: Route = "stairs", guidance: float = 0.0, tell: Tell = _log.warning
 ) -> Iterator[tuple[int, Float[Tensor, " step"]]]:
-    """(number of the case, log p of each token of its text), as batches are done. ResourceError if a single case does not fit."""
+    """(number of the case, log p of each token of its text), as batches are done. ResourceError if a single case does not fit.
+
+    guidance: of the decoding that said the text (see `Decoding`)
+    """
     yield from ((k, torch.zeros(0)) for k, case in enumerate(cases) if not len(case.text))
-    if beyond_windows(engine, (edit for case in cases for edit in case.row.more)):
+    if beyond_windows(engine, (edit for case in cases for row in case.rows(guidance) for edit in row.more)):
         route = "hooks"
     todo = [k for k, case in enumerate(cases) if len(case.text)]
     wishes: list[Wish] = [wish_of(cases[k].target, cases[k].row, engine.n_layers) for k in todo]
     ragged = engine.packing.ragged and route == "stairs"
     for one in pack(wishes, ragged=ragged, steps=1, slack=pass_cost(engine), d_model=engine.d_model):
         waiting = sorted((todo[w] for w in one.wishes), key=lambda k: len(cases[k].text))  # the longest run first
-        room = Room(engine.device, _bytes(engine, cases[waiting[-1]]), at_most=ROWS, tell=tell)
+        twice = 2 if guidance else 1
+        room = Room(engine.device, twice * _bytes(engine, cases[waiting[-1]]), at_most=ROWS, tell=tell)
         while waiting:
             longest = len(cases[waiting[-1]].text)
-            some = waiting[-max(1, min(room.rows(), LOGITS_AT_ONCE // (longest * engine.vocab))) :]
+            some = waiting[-max(1, min(room.rows(), LOGITS_AT_ONCE // (twice * longest * engine.vocab))) :]
             del waiting[-len(some) :]
             found: list[Tensor] | None = None
             try:
                 with room.running(len(some), more=bool(waiting)):
-                    found = _scored(engine, [cases[k] for k in some], route)
+                    found = _scored(engine, [cases[k] for k in some], route, guidance)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -76,7 +86,7 @@ def scores(
 
 
 @torch.no_grad()
-def _scored(engine: Engine, cases: Sequence[Case], route: Route) -> list[Tensor]:
+def _scored(engine: Engine, cases: Sequence[Case], route: Route, guidance: float) -> list[Tensor]:
     """One pass: a target is a prompt, padded on the left, with a text behind it, of which the last token is predicted and never read."""
     width, longest = max(len(case.target) for case in cases), max(len(case.text) for case in cases)
     number: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
@@ -91,11 +101,12 @@ def _scored(engine: Engine, cases: Sequence[Case], route: Route) -> list[Tensor]
     rows = []
     for case in cases:
         n, said = len(case.target), len(case.text) - 1
-        more = tuple(one for edit in case.row.more if (one := lengthened(edit, n, said)) is not None)
-        rows.append(replace(case.row, target=number[case.target, tuple(case.text)], more=more))
+        for row in case.rows(guidance):
+            more = tuple(one for edit in row.more if (one := lengthened(edit, n, said)) is not None)
+            rows.append(replace(row, target=number[case.target, tuple(case.text)], more=more))
     padded = None if bool(mask.all()) else mask.to(engine.device)
     stem = Stem(engine, ids.to(engine.device), rows, route=route, caching=False, mask=padded, shared=None)
-    logits = stem.walk(rows, range(width - 1, width - 1 + longest)).logits
+    logits = Decoding(guidance=guidance).guided(stem.walk(rows, range(width - 1, width - 1 + longest)).logits)
     found = []
     for k, case in enumerate(cases):
         text = torch.tensor(case.text, device=logits.device)

@@ -30,12 +30,22 @@ class Decoding:
     end             token ids that end a row; they are not part of its text
     stop            called with a row's tokens so far: how many of them to keep if the row is to stop there, else None
     temperature     0: greedy
+    guidance        w: with p the logits of a row and u those of its companion without the patch, which says the same tokens in step with
+                    it, tokens are chosen by p + w (p − u) (classifier-free guidance); 0: by p alone
     """
 
     max_new_tokens: int = 1
     end: frozenset[int] = frozenset()
     stop: Callable[[list[int]], int | None] | None = None
     temperature: float = 0.0
+    guidance: float = 0.0
+
+    def guided(self, logits: Float[Tensor, "row_and_companion *kept vocab"]) -> Float[Tensor, "row *kept vocab"]:
+        """Of rows that each have a companion behind them: p + w (p − u). Without guidance there are no companions."""
+        if not self.guidance:
+            return logits
+        patched, plain = logits[0::2].float(), logits[1::2].float()
+        return patched + self.guidance * (patched - plain)
 
 
 class Speech:

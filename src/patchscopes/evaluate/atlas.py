@@ -217,7 +217,7 @@ def _extract_random(model: Model, facts: Sequence[Fact], cell: tuple[int, int], 
     def noise(mine: list[int]) -> Source:
         places = [place for k in mine for place in _source(model, facts[k], [cell[0]]).places()]
         looked = look(model, places, [cell[0]], "resid")
-        own = torch.stack([looked.vectors[i, cell[0]] for i in range(len(mine))])
+        own = torch.stack([looked.vectors[i, cell[0]][-1] for i in range(len(mine))])
         return Source.of_vectors(model, random_like(own, f"{seed} {facts[mine[0]].relation.key}"), layer=cell[0])
 
     return _extract_from(model, facts, cell, noise, progress, "random vectors")

@@ -92,6 +92,15 @@ class Tokens:
             )
         return index % len(self)
 
+    def first(self, where: Position) -> int:
+        """Index of the first token of a piece of text or a span; of an index the same as `position`."""
+        if isinstance(where, Span):
+            return self.position(where.first)
+        if isinstance(where, str):
+            match = None if where in self.text else re.fullmatch(r"(.+)#(\d+)", where, re.DOTALL)
+            return (self.find(match[1], occurrence=int(match[2])) if match else self.find(where)).first
+        return self.position(where)
+
     def notes_at(self, position: int) -> tuple[str, ...]:
         """`notes`, and whether the first word, if it is read there, is other tokens than it would be inside a text."""
         word = self.text.split(maxsplit=1)[0] if self.text.split() else ""

@@ -75,6 +75,28 @@ def one_position(value: Any) -> Any:
     return value
 
 
+def span(value: Any) -> Any:
+    """A number of tokens of at least 1, or "piece"."""
+    number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if not number and value != "piece":
+        raise InputError(f"found {shown(value)}; expected a number of tokens from 1, or 'piece' (those of the piece of text)")
+    return value
+
+
+def spread(value: Any) -> Any:
+    """ "here", "below", or distances from the target layer, 0 among them."""
+    if isinstance(value, (list, tuple)):
+        whole = all(isinstance(one, int) and not isinstance(one, bool) for one in value)
+        if not whole or 0 not in value:
+            raise InputError(
+                f"found {shown(value)}; expected distances from the target layer with 0, the layer itself, among them"
+            )
+        return tuple(value)
+    if value not in ("here", "below"):
+        raise InputError(f"found {shown(value)}; expected 'here', 'below', or distances from the target layer such as [0, 1]")
+    return value
+
+
 def layers(value: Any) -> Any:
     """A layer, a list of them, or text in the grammar of `core.layers`; whether a model has them is said when there is one."""
     if isinstance(value, str):

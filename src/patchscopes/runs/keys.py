@@ -11,6 +11,10 @@ KEYS = {
         "token), or all. A whole number is an index: for the text 1984 write 1984#1. A prompt's own comes first."
     ),
     "layers": "Layers to read: 3, or 3,5,9, or 0:8 (8 excluded), or 0:8:2, or all. 0 = embeddings, -1 = last.",
+    "span": (
+        "How many tokens, up to the position, have their states taken together, to be written in as many places; piece: those of the "
+        "piece of text."
+    ),
     "site": "What is read there: resid, attn_in, attn_out, mlp_in or mlp_out; layers then count blocks, but for resid.",
     "scope": (
         "describe, identity, identity-bare, logit-lens, or a prompt of your own with {x} where the state goes: 'The capital of {x} is'; "

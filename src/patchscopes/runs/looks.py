@@ -12,12 +12,13 @@ from torch import Tensor
 
 from patchscopes.core.edit_files import load_edits
 from patchscopes.core.errors import InputError, LayerError, PositionError, PromptError, nearest
-from patchscopes.core.names import SLOT
+from patchscopes.core.names import LENSES, SLOT
+from patchscopes.core.positions import Span
 from patchscopes.lenses.jacobian_lens import load_jacobian_lens
 from patchscopes.lenses.tuned_lens import load_tuned_lens
 from patchscopes.maps import Affine, Identity, Map, Scale, load_map
 from patchscopes.model.model import Model
-from patchscopes.model.tokens import Tokens
+from patchscopes.model.tokens import Position, Tokens
 from patchscopes.runs.prompts import Prompted, read_prompts, several
 from patchscopes.runs.spec import Experiment
 from patchscopes.runs.spec_tables import (
@@ -104,14 +105,15 @@ def _sources(part: Experiment, model: Model, caveats: list[str]) -> tuple[list[S
     for k, prompt in enumerate(prompts):
         try:
             words = model.tokens(list(prompt.ids)) if prompt.ids else model.tokens(prompt.text or "", chat=prompt.chat)
-            position = _position(words, prompt)
+            position = _position(words, prompt, piece=part.span == "piece")
         except (PromptError, PositionError) as e:
             reason = str(e) if len(str(e)) <= SHOWN else f"{str(e)[:SHOWN]}…"
             wrong.append(f"{prompt.origin}: {reason}")
             continue
-        here = words.notes if position == "all" else words.notes_at(position[0] if isinstance(position, list) else int(position))
+        first = position[0] if isinstance(position, list) else position
+        here = words.notes if position == "all" else words.notes_at(words.position(first))
         notes += here[:1]
-        sources.append(Source(model, words, position, layers, part.site))
+        sources.append(Source(model, words, position, layers, part.site, span=part.span))
         kept.append(k)
     what = f"{len(wrong)} of {len(prompts)} prompts of {part.name!r} cannot be read by {model.name}"
     if wrong and (part.on_bad_prompt == "refuse" or not sources):
@@ -126,18 +128,19 @@ def _sources(part: Experiment, model: Model, caveats: list[str]) -> tuple[list[S
     return sources, [dict(prompts[k].labels) for k in kept], kept
 
 
-def _position(words: Tokens, prompt: Prompted) -> int | str | list[int]:
-    """Where to read, as indices; or "all"."""
+def _position(words: Tokens, prompt: Prompted, *, piece: bool) -> Position | list[int | Span]:
+    """Where to read, as indices, or as the spans of pieces; or "all"."""
     if prompt.at == "all":
         return "all"
     if isinstance(prompt.at, tuple):
-        return list(dict.fromkeys(_index(words, one) for one in prompt.at))
-    return _index(words, prompt.at)
+        return list(dict.fromkeys(_index(words, one, piece) for one in prompt.at))
+    return _index(words, prompt.at, piece)
 
 
-def _index(words: Tokens, at: int | str) -> int:
+def _index(words: Tokens, at: int | str, piece: bool) -> int | Span:
     try:
-        return words.position(at)
+        last = words.position(at)
+        return Span(words.first(at), last) if piece else last
     except PositionError as e:
         if isinstance(at, int) and str(at) in words.text:
             raise PositionError(f"{e}. A whole number is an index; for the text write '{at}#1'") from None
@@ -187,10 +190,10 @@ def read_vectors(path: Path, tensor: str | None) -> tuple[Tensor, list[str]]:
 
 
 def _scope(spec: ScopeSpec, part: Experiment, models: Mapping[str, Model], origin: Model) -> Patchscope:
-    """What is absent from the scope is the part's, and then the preset's. The logit lens keeps its layer and its one token."""
+    """What is absent from the scope is the part's, and then the preset's. Lenses keep their layer and their one token."""
     model = None if spec.model is None else _of(models, spec.model.key)
     built = named(spec.preset) if spec.preset else _of_prompts(spec, model or origin)
-    lens = spec.preset == "logit-lens"
+    lens = spec.preset in LENSES
     layer = spec.layer if spec.layer is not None else None if lens else part.target_layer
     chosen: dict[str, Any] = {
         "layer": list(layer) if isinstance(layer, tuple) else layer,
@@ -200,6 +203,9 @@ def _scope(spec: ScopeSpec, part: Experiment, models: Mapping[str, Model], origi
         "draws": spec.draws if spec.draws is not None else part.draws,
         "site": spec.site,
         "write": spec.write,
+        "spread": spec.spread,
+        "carry": spec.carry,
+        "guidance": spec.guidance,
         "name": spec.name,
         "second_look": part.second_look,
         "edits": None if spec.edits is None else load_edits(_there(spec.edits)),
@@ -212,7 +218,7 @@ def _scope(spec: ScopeSpec, part: Experiment, models: Mapping[str, Model], origi
 
 def _of_prompts(spec: ScopeSpec, model: Model) -> Patchscope:
     prompts = [one.text if one.text is not None else model.tokens(list(one.ids or ())) for one in spec.prompt or ()]
-    place = PLACEHOLDER if spec.at is None else spec.at
+    place = PLACEHOLDER if spec.at is None else list(spec.at) if isinstance(spec.at, tuple) else spec.at
     return replace(extract(SLOT), prompt=prompts[0] if len(prompts) == 1 else prompts, position=place)
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from patchscopes.core.errors import InputError
+from patchscopes.core.names import LENSES
 from patchscopes.runs import grammar
 from patchscopes.runs.documents import each_path, read_document, rooted
 from patchscopes.runs.spec_tables import (
@@ -29,6 +30,7 @@ from patchscopes.runs.spec_tables import (
     Prompts,
     Scopes,
     SiteName,
+    Spans,
     TargetLayer,
     Temperature,
     Texts,
@@ -56,6 +58,7 @@ class Part(Table):
     prompts: Prompts | None = described("prompts")
     at: At | None = described("at")
     layers: LayerText | None = described("layers")
+    span: Spans | None = described("span")
     site: SiteName | None = described("site")
     scope: Scopes | None = described("scope")
     map: Maps | None = described("map")
@@ -82,6 +85,7 @@ class Experiment(Table):
     prompts: Prompts | None = described("prompts")
     at: At = described("at", -1)
     layers: LayerText = described("layers", "all")
+    span: Spans = described("span", 1)
     site: SiteName = described("site", "resid")
     scope: Scopes = described("scope", "describe", validate_default=True)
     map: Maps = described("map", "identity", validate_default=True)
@@ -167,7 +171,7 @@ def _check(one: Experiment, where: str) -> None:
         if twice := [name for k, name in enumerate(names) if name in names[:k]]:
             hint = "give each a name" if key == "scope" else "expected each once"
             raise InputError(f"{where}{key}: {twice[0]!r} is there twice; {hint}")
-    if all(scope.preset == "logit-lens" for scope in one.scope) and not (one.target_layer is None and one.tokens is None):
+    if all(scope.preset in LENSES for scope in one.scope) and not (one.target_layer is None and one.tokens is None):
         raise InputError(
             f"{where}scope: the logit lens writes at the last layer and says one token; expected no target_layer and no tokens"
         )

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from patchscopes.core.errors import InputError
-from patchscopes.core.names import SLOT
+from patchscopes.core.names import LENSES, SLOT
 from patchscopes.runs import grammar
 from patchscopes.runs.keys import KEYS
 from patchscopes.runs.table import Table
@@ -24,13 +24,15 @@ File = Annotated[str, BeforeValidator(grammar.path, json_schema_input_type=str)]
 At = Annotated[
     int | str | tuple[int | str, ...], BeforeValidator(grammar.position, json_schema_input_type=int | str | list[int | str])
 ]
-OneAt = Annotated[int | str, BeforeValidator(grammar.one_position, json_schema_input_type=int | str)]
 LayerText = Annotated[int | str | tuple[int, ...], BeforeValidator(grammar.layers, json_schema_input_type=int | str | list[int])]
 TargetLayer = Annotated[
     int | str | tuple[int, ...], BeforeValidator(grammar.target_layers, json_schema_input_type=int | str | list[int])
 ]
 _Site = Literal["resid", "attn_in", "attn_out", "mlp_in", "mlp_out"]
 SiteName = Annotated[_Site, BeforeValidator(grammar.site, json_schema_input_type=_Site)]
+Spans = Annotated[int | Literal["piece"], BeforeValidator(grammar.span, json_schema_input_type=int | Literal["piece"])]
+_Spread = Literal["here", "below"] | tuple[int, ...]
+SpreadName = Annotated[_Spread, BeforeValidator(grammar.spread, json_schema_input_type=Literal["here", "below"] | list[int])]
 WriteName = Literal["replace", "add", "add_matched", "replace_matched"]
 Count = Annotated[int, Field(ge=1)]
 Temperature = Annotated[float, Field(ge=0)]
@@ -41,7 +43,7 @@ Ids = Annotated[
 ]
 
 
-Preset = Literal["describe", "identity", "identity-bare", "logit-lens"]
+Preset = Literal["describe", "identity", "identity-bare", "logit-lens", "embedding-space", "future-lens", "selfie"]
 DtypeName = Literal["auto", "float32", "float64", "bfloat16", "float16"]
 
 
@@ -222,8 +224,10 @@ class ScopeSpec(Table):
     prompt: Targets | None = Field(
         None, description="Target prompts; {x} marks where the state goes, or `at` says it. Several multiply out."
     )
-    at: OneAt | None = Field(
-        None, description="Where the state goes in prompts without {x}: a piece of text or an index. Absent: x."
+    at: At | None = Field(
+        None,
+        description="Where the state goes in prompts without {x}: a piece of text or an index, or several; same: where it was read. "
+        "Absent: x.",
     )
     layer: TargetLayer | None = described("target_layer")
     map: Maps | None = described("map")
@@ -234,6 +238,20 @@ class ScopeSpec(Table):
     )
     write: WriteName | None = Field(
         None, description="replace, add, add_matched or replace_matched (in proportion to what is there). Absent: replace."
+    )
+    spread: SpreadName | None = Field(
+        None,
+        description="At which layers beside the target layer it is written: here (at none), below (every one below), or distances from it "
+        "such as [0, 1]. Absent: here.",
+    )
+    carry: Literal["one", "each"] | None = Field(
+        None,
+        description="What is written in them: one (the same vector in all), or each (the state of the layer as far from the one read). "
+        "Absent: one.",
+    )
+    guidance: float | None = Field(
+        None,
+        description="w: tokens are chosen by p + w (p - u), with p the logits with the state in place, u those without. Absent: 0.",
     )
     temperature: Temperature | None = described("temperature")
     draws: Count | None = described("draws")
@@ -246,8 +264,10 @@ class ScopeSpec(Table):
     def _one_kind(self) -> Self:
         if (self.preset is None) == (self.prompt is None):
             raise InputError("preset and prompt were both given; expected one of them" if self.preset else _NO_SCOPE)
-        if self.preset == "logit-lens" and not (self.layer is None and self.tokens is None):
-            raise InputError("the logit lens writes at the last layer and says one token; expected no layer and no tokens")
+        if self.preset in LENSES and not (self.layer is None and self.tokens is None):
+            raise InputError(
+                f"the {_spelt(self.preset)} writes at the last layer and says one token; expected no layer and no tokens"
+            )
         if self.at is not None and (self.prompt is None or all(SLOT in (one.text or "") for one in self.prompt)):
             raise InputError(f"at was given, but {SLOT} already says where the state goes; expected one of them")
         return self
@@ -259,6 +279,10 @@ class ScopeSpec(Table):
             return self.name or self.preset or ""
         first = self.prompt[0] if self.prompt else None
         return "scope" if first is None or first.text is None else first.text
+
+
+def _spelt(preset: str | None) -> str:
+    return (preset or "").replace("-", " ")
 
 
 _NO_SCOPE = "neither preset nor prompt was given; expected a scope's name or a prompt with {x}"

@@ -84,11 +84,19 @@ def _part(name: str, sources: list[Source], scope: Patchscope, folder: Path) -> 
         prompts: Any = _vectors(first, folder)
     else:
         prompts = [prompt for source in sources for prompt in _prompts(source)]
+    spans = {place.span for source in sources for place in source.places()}
+    by_text = all(source.span == "piece" and _texts(source.position) for source in sources)
+    if len(spans) > 1 and not by_text:
+        raise InputError(
+            f"the sources of {name!r} have spans of {', '.join(map(str, sorted(spans)))} tokens; expected one length, or pieces of text "
+            "with span='piece'; give each a look of its own otherwise"
+        )
     return {
         "name": name,
         "model": [spec_of(first.model).model_dump()],
         "prompts": prompts,
         "layers": _layers(first.layer) if isinstance(first.layer, str) else first.layers(),
+        "span": "piece" if len(spans) > 1 else spans.pop(),
         "site": first.site,
         "scope": [_scope(scope, first.model, folder)],
         "temperature": float(scope.temperature),
@@ -110,10 +118,22 @@ def _prompts(source: Source) -> list[dict[str, Any]]:
     found = [_prompt(source.model, prompt) for prompt in given]
     if source.position == "all":
         return [{**prompt, "at": "all"} for prompt in found]
+    if source.span == "piece" and _texts(source.position):
+        pieces = _listed(source.position)
+        return [{**prompt, "at": pieces if len(pieces) > 1 else pieces[0]} for prompt in found]
     places: dict[int, list[int]] = {}
     for place in source.places():
         places.setdefault(place.prompt, []).append(place.position)
     return [{**prompt, "at": at if len(at) > 1 else at[0]} for prompt, at in zip(found, places.values(), strict=True)]
+
+
+def _listed(position: Position | Sequence[Position]) -> list[Position]:
+    return [position] if isinstance(position, (int, str, Span)) else list(position)
+
+
+def _texts(position: Position | Sequence[Position]) -> bool:
+    """Whether all of it is text that no whole number is mistaken for."""
+    return all(isinstance(one, str) and not re.fullmatch(r"\s*[+-]?\d+\s*", one) for one in _listed(position))
 
 
 def _prompt(model: Model, prompt: Prompt) -> dict[str, Any]:
@@ -159,9 +179,13 @@ def _scope(scope: Patchscope, origin: Model, folder: Path) -> dict[str, Any]:
         "stop": list(scope.stop),
         "site": scope.site,
         "write": scope.write,
+        "spread": scope.spread,
+        "carry": scope.carry,
+        "guidance": float(scope.guidance),
     }
     if not all(isinstance(prompt, str) and SLOT in prompt for prompt in prompts):
-        found["at"] = _place(scope.position)
+        places = [_place(one) for one in _listed(scope.position)]
+        found["at"] = places if len(places) > 1 else places[0]
     if scope.edits:
         found["edits"] = _saved(folder, "edits", lambda path: save_edits(str(path), scope.edits))
     if scope.model is not None and scope.model is not origin:

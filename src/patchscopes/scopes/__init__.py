@@ -1,11 +1,43 @@
-"""Patchscopes: sources, scopes, readings, and the scopes of the paper as presets that differ in their settings alone."""
+"""Patchscopes: sources, scopes, readings, and the scopes of the paper and its relatives as presets that differ in their settings alone."""
 
+from patchscopes.scopes.attention_knockout import attention_knockout
+from patchscopes.scopes.attribute_lens import attribute_lens
+from patchscopes.scopes.causal_tracing import causal_tracing
+from patchscopes.scopes.cross_model import cross_model
 from patchscopes.scopes.describe import describe
+from patchscopes.scopes.embedding_space import embedding_space
 from patchscopes.scopes.extract import extract
+from patchscopes.scopes.future_lens import future_lens
 from patchscopes.scopes.identity import identity
+from patchscopes.scopes.linear_shortcut import linear_shortcut
 from patchscopes.scopes.logit_lens import logit_lens
 from patchscopes.scopes.patchscope import Patchscope
 from patchscopes.scopes.readings import Grid, Readings
+from patchscopes.scopes.selfie import Relevancy, relevancy, selfie
 from patchscopes.scopes.source import Source
+from patchscopes.scopes.superscopes import best_of, chosen, criterion, superscope
 
-__all__ = ["Grid", "Patchscope", "Readings", "Source", "describe", "extract", "identity", "logit_lens"]
+__all__ = [
+    "Grid",
+    "Patchscope",
+    "Readings",
+    "Relevancy",
+    "Source",
+    "attention_knockout",
+    "attribute_lens",
+    "best_of",
+    "causal_tracing",
+    "chosen",
+    "criterion",
+    "cross_model",
+    "describe",
+    "embedding_space",
+    "extract",
+    "future_lens",
+    "identity",
+    "linear_shortcut",
+    "logit_lens",
+    "relevancy",
+    "selfie",
+    "superscope",
+]

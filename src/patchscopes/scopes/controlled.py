@@ -18,7 +18,7 @@ from torch import Tensor
 
 from patchscopes.controls.evidence import bits_over, p_value, verdict
 from patchscopes.controls.vectors import N_OTHERS, N_RANDOM, POOL, POOL_NAME, random_like, seed_of
-from patchscopes.engine.score import Case, score, scores
+from patchscopes.engine.score import Case, scores
 from patchscopes.model.tokens import Tokens
 from patchscopes.scopes.cells import Cell
 from patchscopes.scopes.sight import Sight
@@ -35,8 +35,9 @@ class Controls:
 
     def __init__(self, viewing: Viewing):
         self.viewing, self.seed = viewing, viewing.scope.seed
-        origin, layers, site, behind = viewing.origin, viewing.layers, viewing.site, viewing.scope.second_look
-        self.second = Sight(origin, viewing.places, layers, site, behind)
+        origin, layers, site, behind = viewing.origin, viewing.read_layers, viewing.site, viewing.scope.second_look
+        reach = viewing.reach
+        self.second = Sight(origin, viewing.places, layers, site, behind, reach)
         pool = [Place(-1 - k, text, tokens, len(tokens) - 1) for k, text in enumerate(POOL) for tokens in [origin.tokens(text)]]
         self.sources: dict[bool, _Ring] = {}  # by whether they are bare vectors
         for bare in (False, True):
@@ -45,8 +46,8 @@ class Controls:
         fewest = min(len(ring) - 1 for ring in self.sources.values() if len(ring))
         self.pool = pool if fewest < N_OTHERS else []
         self.pool_ring = _Ring(self.seed, dict(enumerate(self.pool)))
-        self.pool_first = Sight(origin, self.pool, layers, site)
-        self.pool_second = Sight(origin, self.pool, layers, site, behind)
+        self.pool_first = Sight(origin, self.pool, layers, site, reach=reach)
+        self.pool_second = Sight(origin, self.pool, layers, site, behind, reach)
         self._others: dict[tuple[str, bool], list[tuple[str, int]]] = {}
         self._filled: dict[tuple[int, int], Tokens | None] = {}
 
@@ -83,12 +84,13 @@ class Controls:
         lists = {"call": self.viewing.places, "pool": self.pool}
         return " ".join(lists[kind][k].digest for kind, k in self.others(p))
 
-    def vector(self, which: tuple[str, int], layer: int, *, second: bool) -> Tensor | None:
-        """The first or second look at one of the others; None for a bare vector, which has no second, and where it is not finite."""
+    def state(self, which: tuple[str, int], cell: Cell, *, second: bool) -> Tensor | None:
+        """What `cell` would read of one of the others at the first or second look, as many tokens up to its position as of its own;
+        None for a bare vector, which has no second, where there are fewer tokens, and where it is not finite."""
         kind, k = which
         if kind == "pool":
-            return (self.pool_second if second else self.pool_first).sound(k, layer)
-        return (self.second if second else self.viewing.sight).sound(k, layer)
+            return self.viewing.state(self.pool_second if second else self.pool_first, k, cell)
+        return self.viewing.state(self.second if second else self.viewing.sight, k, cell)
 
     def filled(self, cell: Cell) -> Tokens | None:
         """The target prompt with the source's own words, up to and with the position read, in the placeholder's place."""
@@ -104,29 +106,28 @@ class Controls:
         others = ["other", "mean"] if self.others(cell.place) else []
         return ["nothing", "random", *others, *(["text"] if self.filled(cell) is not None else [])]
 
-    def runs(self, cell: Cell, own: Tensor) -> Iterator[tuple[str, str, Tokens, int, Tensor | None]]:
-        """Every control run of a cell with the vector `own`: (kind, key, prompt, position, vector or None). A key says all that a run
-        hangs on: runs of equal key are one, and draw from the same seed."""
+    def runs(self, cell: Cell, own: Tensor) -> Iterator[tuple[str, str, Tokens | None, Tensor | None]]:
+        """Every control run of a cell that writes the state `own`: (kind, key, prompt, state), of another prompt or with another state
+        or none. A key says all that a run hangs on: runs of equal key are one, and draw from the same seed."""
         viewing = self.viewing
-        target, f = viewing.targets[cell.target], viewing.map_of(cell)
+        target, span = viewing.target_of(cell), viewing.places[cell.place].span
         at = f"{cell.source_layer} {target.digest} {cell.target_layer} {viewing.map_digest(cell)} {cell.draw}"
-        yield "nothing", f"nothing {target.digest} {cell.draw}", target.tokens, target.position, None
+        at += f" span {span}" if span > 1 else ""
+        yield "nothing", f"nothing {target.digest} {cell.draw}", None, None
         key = f"random {viewing.identity(cell)}"
-        yield "random", key, target.tokens, target.position, random_like(own[None], f"{self.seed} {key}")[0]
+        yield "random", key, None, random_like(own[None], f"{self.seed} {key}")[0]
         others = [
-            (which, v)
-            for which in self.others(cell.place)
-            if (v := self.vector(which, cell.source_layer, second=False)) is not None
+            (which, state) for which in self.others(cell.place) if (state := self.state(which, cell, second=False)) is not None
         ]
         if others:
-            (kind, k), vector = others[seed_of(f"{self.seed} other {viewing.identity(cell)}") % len(others)]
+            (kind, k), state = others[seed_of(f"{self.seed} other {viewing.identity(cell)}") % len(others)]
             chosen = (self.pool if kind == "pool" else viewing.places)[k].digest
-            yield "other", f"other {chosen} {at}", target.tokens, target.position, f(vector)
-            mean = torch.stack([v for _, v in others]).mean(0)
-            yield "mean", f"mean {self.company(cell.place)} {at}", target.tokens, target.position, f(mean)
+            yield "other", f"other {chosen} {at}", None, viewing.mapped(cell, state)
+            mean = torch.stack([state for _, state in others]).mean(0)
+            yield "mean", f"mean {self.company(cell.place)} {at}", None, viewing.mapped(cell, mean)
         words = self.filled(cell)
         if words is not None:
-            yield "text", f"text {words.ids} {cell.draw}", words, 0, None
+            yield "text", f"text {words.ids} {cell.draw}", words, None
 
 
 class _Ring:
@@ -200,30 +201,28 @@ def _under_vectors(
 ) -> dict[Cell, dict[str, list[float]]]:
     """log p (nats) of each reading's text under its second look ("own") and under every control vector."""
     viewing = world.viewing
-    model, target, scope = viewing.target_model, viewing.targets[cells[0].target], viewing.scope
-    rows, owners, texts = [], [], []
+    model, scope = viewing.target_model, viewing.scope
+    cases: list[Case] = []
+    owners: list[tuple[Cell, str]] = []
     for cell in cells:
-        second = world.second.sound(cell.place, cell.source_layer)
+        second = viewing.state(world.second, cell.place, cell)
         if second is None:
             continue
-        f = viewing.map_of(cell)
-        own = f(second)
-        states = [world.vector(o, cell.source_layer, second=True) for o in world.others(cell.place)]
-        random_ = random_like(own.expand(N_RANDOM, -1), f"{scope.seed} scored {viewing.identity(cell)}")
+        own = viewing.mapped(cell, second)
+        others = [world.state(other, cell, second=True) for other in world.others(cell.place)]
+        random_ = random_like(own.expand(N_RANDOM, *own.shape), f"{scope.seed} scored {viewing.identity(cell)}")
         kinds: list[tuple[str, Tensor | None]] = [("own", own), ("nothing", None)]
-        kinds += [("random", v) for v in random_] + [("others", f(s)) for s in states if s is not None]
-        for kind, vector in kinds:
-            place = target.position if vector is not None else len(target.tokens) - 1
-            rows.append(scope.row(cell.target_layer, place, vector, target.more, target=len(texts)))
+        kinds += [("random", state) for state in random_]
+        kinds += [("others", viewing.mapped(cell, state)) for state in others if state is not None]
+        ids = viewing.target_of(cell).tokens.ids
+        for kind, state in kinds:
+            cases.append(Case(ids, viewing.row(cell, state), texts_of[cell], viewing.without(cell, state)))
             owners.append((cell, kind))
-        texts.append(texts_of[cell])
+    route = model.capabilities.readout_route
+    log_p = dict(scores(model.engine, cases, route=route, guidance=scope.guidance))
     found: dict[Cell, dict[str, list[float]]] = {}
-    if rows:
-        ids = target.tokens.tensor.to(model.device)
-        for (cell, kind), log_p in zip(
-            owners, score(model.engine, ids, rows, texts, route=model.capabilities.readout_route), strict=True
-        ):
-            found.setdefault(cell, {}).setdefault(kind, []).append(float(log_p.double().sum()))
+    for k, (cell, kind) in enumerate(owners):
+        found.setdefault(cell, {}).setdefault(kind, []).append(float(log_p[k].double().sum()))
     return found
 
 
@@ -236,8 +235,7 @@ def _under_words(world: Controls, cells: Sequence[Cell], texts_of: Mapping[Cell,
         words, text = world.filled(cell), texts_of[cell]
         # where the words leave no room for the text there is no such evidence
         if words is not None and (model.context is None or len(words) + len(text) <= model.context):
-            row = viewing.scope.row(0, len(words) - 1, None, viewing.targets[cell.target].edited(words))
-            cases[cell] = Case(words.ids, row, text)
+            cases[cell] = Case(words.ids, viewing.plain_row(cell, words), text)
     found = scores(model.engine, list(cases.values()), route=model.capabilities.readout_route)
     keys = list(cases)
     return {keys[k]: float(log_p.double().sum()) for k, log_p in found}

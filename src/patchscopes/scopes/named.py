@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from patchscopes.core.names import SLOT, require_scope
+from patchscopes.core.names import LENSES, SLOT, require_scope
 from patchscopes.scopes.describe import describe
+from patchscopes.scopes.embedding_space import embedding_space
 from patchscopes.scopes.extract import extract
+from patchscopes.scopes.future_lens import future_lens
 from patchscopes.scopes.identity import identity
 from patchscopes.scopes.logit_lens import logit_lens
 from patchscopes.scopes.patchscope import Patchscope
+from patchscopes.scopes.selfie import selfie
 
 
 def named(scope: str) -> Patchscope:
@@ -17,6 +20,10 @@ def named(scope: str) -> Patchscope:
         return extract(scope)
     if scope == "describe":
         return describe(stop=(",", "\n"))  # one entity's description, not the list going on
-    if scope == "logit-lens":
-        return logit_lens()
+    if scope in LENSES:
+        return logit_lens() if scope == "logit-lens" else embedding_space()
+    if scope == "future-lens":
+        return future_lens()
+    if scope == "selfie":
+        return selfie()
     return identity(()) if scope == "identity-bare" else identity()

@@ -15,19 +15,16 @@ from dataclasses import dataclass
 
 import polars as pl
 import torch
-from torch import Tensor
 
 from patchscopes.controls.vectors import SECOND_LOOK
 from patchscopes.core.edits import Edit, Write
 from patchscopes.core.layers import Layers
-from patchscopes.core.sites import Site
-from patchscopes.engine.edits import Placed
-from patchscopes.engine.rows import Row
 from patchscopes.maps import Identity, Map
 from patchscopes.model.model import Model, Prompt
 from patchscopes.model.tokens import Position
 from patchscopes.scopes.readings import SCHEMA, Readings
 from patchscopes.scopes.source import Source
+from patchscopes.scopes.spread import Carry, Spread
 from patchscopes.scopes.target import PLACEHOLDER
 from patchscopes.scopes.viewing import Progress, Viewing
 
@@ -36,23 +33,28 @@ from patchscopes.scopes.viewing import Progress, Viewing
 class Patchscope:
     """(T, i*, f, M*, ℓ*), and how to go on from there. Call it on a `Source`, or on several of one model.
 
-    prompt          T, or several; a slot "{x}" may mark the place to patch
-    position        i*: a piece of text or an index; not needed with a slot
+    prompt          T, or several; slots "{x}" may mark the places to patch
+    position        i*: a piece of text or an index; not needed with a slot; several of them, or several slots: all of them are
+                    patched; "same": i* = i
     layer           ℓ*: a layer, a list or range of them, "all", or "same" (ℓ* = ℓ); for other sites than "resid" the index of a block
     map             f, or several
     model           M*; None: the source's model
     max_new_tokens  tokens said at most
     stop            strings that end a text; they are not part of it
-    site, write     where and how f(h) is written: "resid", "attn_out", "mlp_out"; "replace", "add", or one of them in proportion to what
-                    is there, "replace_matched", "add_matched" (see `Edit`)
+    site, write     where and how f(h) is written: "resid", "attn_out", "mlp_out"; "replace", "add", or one of these in proportion to
+                    what is there, "replace_matched", "add_matched" (see `Edit`)
+    spread, carry   at which layers beside ℓ* something is written, and what (see `spread`): "here" or "below", or distances from ℓ*;
+                    "one" or "each"
     edits           further edits of every target run (see `Edit`): attention knocked out, a head steered, at the prompt or at later
                     tokens. Controls run under them too
+    guidance        w: tokens are chosen by p + w (p − u), p the logits with the state in place and u those of the same text without it
+                    (classifier-free guidance)
     temperature     0: greedy; else `draws` texts are sampled for every cell, from seeds that depend on `seed` and the cell alone
     second_look     the neutral text behind which sources are read again for their evidence
     """
 
     prompt: Prompt | Sequence[Prompt]
-    position: Position = PLACEHOLDER
+    position: Position | Sequence[Position] = PLACEHOLDER
     layer: Layers = "same"
     map: Map | Sequence[Map] = Identity()
     model: Model | None = None
@@ -60,7 +62,10 @@ class Patchscope:
     stop: Sequence[str] = ()
     site: str = "resid"
     write: Write = "replace"
+    spread: Spread = "here"
+    carry: Carry = "one"
     edits: Sequence[Edit] = ()
+    guidance: float = 0.0
     temperature: float = 0.0
     draws: int = 1
     seed: int = 0
@@ -89,7 +94,3 @@ class Patchscope:
         table = pl.DataFrame([row for outcome in outcomes for row in outcome.rows], schema=SCHEMA)
         logits = torch.stack([one for outcome in outcomes for one in outcome.logits or ()]) if keep_logits else None
         return Readings(table, viewing.provenance(), logits)
-
-    def row(self, layer: int, position: int, vector: Tensor | None, more: tuple[Placed, ...], target: int = 0) -> Row:
-        """A run in which `vector` is written; or nothing but `more`, if it is None."""
-        return Row(Site(self.site, layer), position, vector, self.write, target, more)

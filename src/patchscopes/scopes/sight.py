@@ -16,10 +16,18 @@ KEPT = 2**28  # bytes of states and distributions that are kept, beside those in
 
 
 class Sight:
-    """States of `places` at `layers`, behind the text `behind` if there is one (the second look)."""
+    """States of `places` at `layers`, each of up to `reach` tokens, behind the text `behind` if there is one (the second look)."""
 
-    def __init__(self, model: Model, places: Sequence[Place], layers: Sequence[int], site: str, behind: str | None = None):
-        self.model, self.places, self.layers, self.site, self.behind = model, places, layers, site, behind
+    def __init__(
+        self,
+        model: Model,
+        places: Sequence[Place],
+        layers: Sequence[int],
+        site: str,
+        behind: str | None = None,
+        reach: int = 1,
+    ):
+        self.model, self.places, self.layers, self.site, self.behind, self.reach = model, places, layers, site, behind, reach
         self._kept: dict[int, tuple[dict[int, Tensor], Tensor | None]] = {}
 
     def need(self, wanted: Iterable[int]) -> None:
@@ -29,7 +37,7 @@ class Sight:
         if not missing:
             return
         self._make_room(wanted)
-        looked = look(self.model, [self.places[k] for k in missing], self.layers, self.site, behind=self.behind)
+        looked = look(self.model, [self.places[k] for k in missing], self.layers, self.site, behind=self.behind, reach=self.reach)
         for i, k in enumerate(missing):
             states = {layer: looked.vectors[i, layer] for layer in self.layers if (i, layer) in looked.vectors}
             self._kept[k] = (states, looked.next_log_p[i])
@@ -43,18 +51,20 @@ class Sight:
                 size -= _bytes(self._kept.pop(k))
 
     def vector(self, k: int, layer: int) -> Float[Tensor, " d_model"]:
-        """The state of place k. VectorError where it has none: a bare vector cannot be read behind a text."""
-        if (found := self.found(k, layer)) is None:
+        """The state at the position of place k. VectorError where it has none: a bare vector cannot be read behind a text."""
+        if (found := self.found(k, [layer])) is None:
             raise VectorError(f"{self.places[k].text!r} has no state at layer {layer}: a vector has no prompt to read again")
-        return found
+        return found[0, -1]
 
-    def found(self, k: int, layer: int) -> Float[Tensor, " d_model"] | None:
-        """The state of place k, or None where it has none."""
-        return self._kept[k][0].get(layer)
+    def found(self, k: int, layers: Sequence[int], span: int = 1) -> Float[Tensor, "layer span *stream d_model"] | None:
+        """The states of the `span` tokens that end at place k, or None where there are fewer."""
+        some = [self._kept[k][0].get(layer) for layer in layers]
+        whole = [states[-span:] for states in some if states is not None and len(states) >= span]
+        return torch.stack(whole) if len(whole) == len(layers) else None
 
-    def sound(self, k: int, layer: int) -> Float[Tensor, " d_model"] | None:
-        """The same, if it is finite."""
-        found = self.found(k, layer)
+    def sound(self, k: int, layers: Sequence[int], span: int = 1) -> Float[Tensor, "layer span *stream d_model"] | None:
+        """The same, if they are finite."""
+        found = self.found(k, layers, span)
         return found if found is not None and bool(torch.isfinite(found).all()) else None
 
     def next_log_p(self, k: int) -> Float[Tensor, " vocab"] | None:

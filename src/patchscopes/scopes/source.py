@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -28,6 +29,8 @@ class Source:
     position  an index, a piece of text ("Wales": the last token of its only occurrence), a list of these, or "all"
     layer     a layer, a list or range of them, or "all"; for the sites attn_out and mlp_out the index of a block
     site      "resid", "attn_out" or "mlp_out"
+    span      how many tokens, up to the position, have their states taken together, to be written in as many places; "piece": those
+              that the piece of text (or the `Span`) touches
     """
 
     model: Model
@@ -37,6 +40,7 @@ class Source:
     site: str = "resid"
     _vectors: Tensor | None = field(default=None, repr=False)
     _labels: tuple[str, ...] = field(default=(), repr=False)
+    span: int | Literal["piece"] = 1
 
     @classmethod
     def of_vectors(
@@ -69,29 +73,42 @@ class Source:
         for i, prompt in enumerate(prompts):
             tokens = self.model.tokens(prompt)
             if self.position == "all":
-                positions = list(range(len(tokens)))
+                asked: list[Position] = list(range(len(tokens)))
             else:
                 asked = [self.position] if isinstance(self.position, (int, str, Span)) else list(self.position)
-                positions = [tokens.position(p) for p in asked]
-            found += [Place(i, tokens.text, tokens, p) for p in positions]
+            for p in asked:
+                last = tokens.position(p)
+                found.append(Place(i, tokens.text, tokens, last, span=self._span(tokens, p, last)))
         return found
+
+    def _span(self, tokens: Tokens, where: Position, last: int) -> int:
+        """How many tokens up to `last` are read together."""
+        if self.span == "piece":
+            return last - tokens.first(where) + 1
+        if not 1 <= self.span <= last + 1:
+            raise InputError(
+                f"span is {self.span}; expected 1 to {last + 1}, the tokens of {tokens.text!r} up to position {last}, or 'piece'"
+            )
+        return self.span
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """A position of a prompt, or a vector without one (tokens is None)."""
+    """A position of a prompt, with the `span` tokens that end there; or a vector without one (tokens is None)."""
 
     prompt: int
     text: str
     tokens: Tokens | None
     position: int
     vector: Tensor | None = None
+    span: int = 1
 
     @cached_property
     def digest(self) -> str:
         """A hash of what is read: token ids and position, or the vector."""
         if self.tokens is not None:
-            content = repr((self.tokens.ids, self.position)).encode()
+            where = (self.tokens.ids, self.position) if self.span == 1 else (self.tokens.ids, self.position, self.span)
+            content = repr(where).encode()
         else:
             assert self.vector is not None
             content = self.vector.detach().double().cpu().contiguous().numpy().tobytes()
@@ -99,34 +116,42 @@ class Place:
 
     @property
     def token(self) -> str:
-        """The token that stands there, as it is shown."""
-        return self.text if self.tokens is None else self.tokens.strings[self.position]
+        """The token (or tokens) that stand there, as they are shown."""
+        return self.text if self.tokens is None else "".join(self.tokens.strings[p] for p in self.positions)
+
+    @property
+    def positions(self) -> range:
+        """Of the tokens that are read together."""
+        return range(self.position - self.span + 1, self.position + 1)
 
 
 @dataclass(frozen=True, eq=False)
 class Looked:
-    """vectors[place, layer] of the residual stream or another site; next_log_p: what the source model would say next, nats."""
+    """vectors[place, layer] of the residual stream or another site, of the tokens that end there; next_log_p: what the source model
+    would say next, nats."""
 
-    vectors: dict[tuple[int, int], Float[Tensor, " d_model"]]
+    vectors: dict[tuple[int, int], Float[Tensor, "span *stream d_model"]]
     next_log_p: list[Float[Tensor, " vocab"] | None]
 
 
-def look(model: Model, places: Sequence[Place], layers: Sequence[int], site: str, *, behind: str | None = None) -> Looked:
-    """The states at `places` and `layers`, each prompt run once.
+def look(
+    model: Model, places: Sequence[Place], layers: Sequence[int], site: str, *, behind: str | None = None, reach: int = 1
+) -> Looked:
+    """The states at `places` and `layers`, each prompt run once; at each place those of `reach` tokens, or of as many as there are.
 
     behind: a text put in front of every prompt, token by token, so that the prompt's own tokens stay the same (the second look).
     """
     vectors: dict[tuple[int, int], Tensor] = {}
     next_log_p: list[Tensor | None] = [None] * len(places)
     prompts: dict[tuple[int, ...], list[int]] = {}
-    shift: dict[int, int] = {}
+    moved_by: dict[tuple[int, ...], tuple[int, int]] = {}
     for k, place in enumerate(places):
         if place.tokens is None:
             if place.vector is not None and behind is None:
-                vectors.update({(k, layer): place.vector for layer in layers})
+                vectors.update({(k, layer): place.vector[None] for layer in layers})
             continue
         ids, lead, moved = _behind(model, place.tokens, behind)
-        shift[k] = moved if place.position >= lead else 0
+        moved_by[ids] = (lead, moved)
         prompts.setdefault(ids, []).append(k)
     sites = [str(Site(site, layer)) for layer in layers]
     queue = sorted(prompts, key=len)
@@ -135,12 +160,14 @@ def look(model: Model, places: Sequence[Place], layers: Sequence[int], site: str
         batch, queue = queue[-size:], queue[:-size]
         run = model.run([_as_tokens(ids) for ids in batch], read=sites)
         for row, ids in enumerate(batch):
-            real = run.mask[row].nonzero()[:, 0]
+            real = run.mask[row].nonzero()[:, 0].tolist()
+            lead, moved = moved_by[ids]
             for k in prompts[ids]:
-                column = int(real[places[k].position + shift[k]])
-                next_log_p[k] = run.logits[row, column].float().log_softmax(-1).cpu()
+                last = places[k].position
+                columns = [real[p + (moved if p >= lead else 0)] for p in range(max(0, last + 1 - reach), last + 1)]
+                next_log_p[k] = run.logits[row, columns[-1]].float().log_softmax(-1).cpu()
                 for layer, name in zip(layers, sites, strict=True):
-                    vectors[k, layer] = run[name][..., row, column, :].clone()
+                    vectors[k, layer] = run[name][..., row, columns, :].movedim(-2, 0).contiguous()
     return Looked(vectors, next_log_p)
 
 

@@ -23,9 +23,10 @@ from patchscopes.core.edits import OF_SCOPES
 from patchscopes.core.errors import InputError, PatchscopesError, PromptError, UnknownName, VectorError, nearest
 from patchscopes.core.finite import require_finite
 from patchscopes.core.layers import Layers, resolve_layers
-from patchscopes.core.sites import SCOPED
+from patchscopes.core.sites import SCOPED, Site
 from patchscopes.engine.continued import stopping
 from patchscopes.engine.generate import Decoding, Request, stream
+from patchscopes.engine.rows import Row
 from patchscopes.maps import Map, digest_of, map_between
 from patchscopes.model.model import Model
 from patchscopes.model.tokens import Tokens
@@ -33,7 +34,8 @@ from patchscopes.scopes.cells import Cell, product
 from patchscopes.scopes.controlled import Controls, evidence_of
 from patchscopes.scopes.sight import Sight
 from patchscopes.scopes.source import Place, Source
-from patchscopes.scopes.target import Target, resolve_target
+from patchscopes.scopes.spread import require_spread, row_of, steps
+from patchscopes.scopes.target import SAME, Target, resolve_target
 
 if TYPE_CHECKING:
     from patchscopes.scopes.patchscope import Patchscope
@@ -43,13 +45,14 @@ Progress = Callable[[int, int, str], None]  # (done, of, what)
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What became of a cell. rows: its reading, then its controls, by the columns of `Readings.table`; logits: [vocab] of each, if kept.
-    error: why it could not be read; then there are no rows."""
+    """What became of a cell. rows: its reading, then its controls, by the columns of `Readings.table`; logits: [vocab] of each, if kept;
+    said: the tokens of the reading. error: why it could not be read; then there are no rows."""
 
     cell: Cell
     rows: list[dict[str, Any]]
     logits: list[Tensor] | None = None
     error: PatchscopesError | None = None
+    said: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +87,11 @@ class Viewing:
         self._between: dict[tuple[int, int, int], Map] = {}
         self._digests: dict[tuple[int, int, int], str] = {}
         self._check_maps()
-        self.sight = Sight(self.origin, self.places, self.layers, self.site)
+        self._placed: dict[tuple[int, tuple[int, ...]], Target] = {}
+        self._check_places()
+        self.reach = max(place.span for place in self.places)
+        self.read_layers = sorted({layer + k for layer, other in self.pairs for k in self._carried(layer, other)})
+        self.sight = Sight(self.origin, self.places, self.read_layers, self.site, reach=self.reach)
         self.controls = Controls(self) if controls else None
 
     @cached_property
@@ -94,22 +101,66 @@ class Viewing:
 
     def identity(self, cell: Cell) -> str:
         """The content of a cell: the same wherever it stands in whatever call."""
-        place, target = self.places[cell.place].digest, self.targets[cell.target].digest
+        place, target = self.places[cell.place].digest, self.target_of(cell).digest
         return f"{place} {cell.source_layer} {target} {cell.target_layer} {self.map_digest(cell)} {cell.draw}"
 
-    def map_of(self, cell: Cell) -> Map:
-        """f of a cell: of a map that differs between layers, the one of its layers."""
-        key = (cell.map, cell.source_layer, cell.target_layer)
+    def target_of(self, cell: Cell) -> Target:
+        """T with i* of a cell: where the source was read with position="same", and as wide as the source's span."""
+        place = self.places[cell.place]
+        same = self.scope.position == SAME
+        key = (cell.target, tuple(place.positions) if same else (place.span,))
+        if key not in self._placed:
+            target = self.targets[cell.target]
+            self._placed[key] = target.at(place.positions) if same and not target.positions else target.widened(place.span)
+        return self._placed[key]
+
+    def steps(self, cell: Cell) -> list[int]:
+        """Distances from the target layer at which something is written."""
+        return self._steps(cell.source_layer, cell.target_layer)
+
+    def _steps(self, source_layer: int, target_layer: int) -> list[int]:
+        scope = self.scope
+        tops = (self._top(self.origin, self.site), self._top(self.target_model, scope.site))
+        return steps(scope.spread, scope.carry, (source_layer, tops[0]), (target_layer, tops[1]))
+
+    def _carried(self, source_layer: int, target_layer: int) -> list[int]:
+        """Distances from the source layer at which something is read."""
+        return self._steps(source_layer, target_layer) if self.scope.carry == "each" else [0]
+
+    @staticmethod
+    def _top(model: Model, site: str) -> int:
+        return model.n_layers - (site != "resid")
+
+    def map_of(self, cell: Cell, step: int = 0) -> Map:
+        """f of a cell: of a map that differs between layers, the one of its layers (or of those `step` above them)."""
+        key = (cell.map, cell.source_layer + step, cell.target_layer + step)
         if key not in self._between:
-            self._between[key] = map_between(self.maps[cell.map], cell.source_layer, cell.target_layer)
+            self._between[key] = map_between(self.maps[cell.map], *key[1:])
         return self._between[key]
 
     def map_digest(self, cell: Cell) -> str:
         """A hash of it: what a map is at other layers does not matter to a cell."""
         key = (cell.map, cell.source_layer, cell.target_layer)
         if key not in self._digests:
-            self._digests[key] = digest_of(self.map_of(cell))
+            carried = self._carried(cell.source_layer, cell.target_layer)
+            self._digests[key] = " ".join(dict.fromkeys(digest_of(self.map_of(cell, k)) for k in carried))
         return self._digests[key]
+
+    def state(self, sight: Sight, place: int, cell: Cell) -> Tensor | None:
+        """What a cell would read at a place, [layer, span, d_model]; None where there is none, or none that is finite."""
+        layers = [cell.source_layer + k for k in self._carried(cell.source_layer, cell.target_layer)]
+        return sight.sound(place, layers, self.places[cell.place].span)
+
+    def mapped(self, cell: Cell, state: Tensor) -> Tensor:
+        """f of what a cell reads, layer by layer."""
+        carried = self._carried(cell.source_layer, cell.target_layer)
+        return torch.stack([self.map_of(cell, k)(one) for k, one in zip(carried, state, strict=True)])
+
+    def row(self, cell: Cell, state: Tensor | None) -> Row:
+        """The target run of a cell in which `state` is written instead of its own; None: nothing is."""
+        target = self.target_of(cell)
+        where = {"site": self.scope.site, "write": self.scope.write, "more": target.more}
+        return row_of(state, target, cell.target_layer, self.steps(cell), **where)
 
     @cached_property
     def content(self) -> str:
@@ -117,6 +168,8 @@ class Viewing:
         scope = self.scope
         parts = [self.site, scope.site, scope.write, scope.max_new_tokens, list(scope.stop), scope.temperature, scope.seed]
         parts += [scope.second_look if self.controls else None]
+        parts += [(scope.spread, scope.carry)] if scope.spread != "here" else []
+        parts += [f"guidance {scope.guidance}"] if scope.guidance else []
         return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
     def kinds(self, cell: Cell) -> list[str]:
@@ -175,39 +228,54 @@ class Viewing:
             own = {"none": evidence.get(cell, {"verdict": "not run"})}
             rows = [self._record(cell, kind, said[key], own.get(kind, {})) for kind, key in keys[cell]]
             kept = [said[key].logits for _, key in keys[cell]]
-            outcomes.append(Outcome(cell, rows, [t for t in kept if t is not None] if keep_logits else None))
+            logits = [t for t in kept if t is not None] if keep_logits else None
+            outcomes.append(Outcome(cell, rows, logits, said=tuple(texts[cell])))
         return outcomes
 
     def _runs(self, cell: Cell, requests: dict[str, Request]) -> Iterator[tuple[str, str]]:
         """(kind, key of its request) of a cell's own run and of its controls'; requests of equal key are one."""
-        target = self.targets[cell.target]
-        vector = self.written(cell)
-        for kind, key, tokens, position, patched in (
-            ("none", f"none {self.identity(cell)}", target.tokens, target.position, vector),
-            *(self.controls.runs(cell, vector) if self.controls else ()),
+        state = self.written(cell)
+        for kind, key, words, patched in (
+            ("none", f"none {self.identity(cell)}", None, state),
+            *(self.controls.runs(cell, state) if self.controls else ()),
         ):
             if key not in requests:
-                more = target.more if tokens is target.tokens else target.edited(tokens)
-                at = position if patched is not None else len(tokens) - 1
-                row = self.scope.row(cell.target_layer, at, patched, more)
-                requests[key] = Request(tokens.ids, row, seed_of(f"{self.scope.seed} {key}"))
+                requests[key] = self._request(cell, words, patched, seed_of(f"{self.scope.seed} {key}"))
             yield kind, key
 
+    def _request(self, cell: Cell, words: Tokens | None, state: Tensor | None, seed: int) -> Request:
+        """A run of a cell: with `state` written, or of its prompt with words of text in the placeholder's place."""
+        if words is not None:
+            return Request(words.ids, self.plain_row(cell, words), seed)
+        return Request(self.target_of(cell).tokens.ids, self.row(cell, state), seed, self.without(cell, state))
+
+    def without(self, cell: Cell, state: Tensor | None) -> Row | None:
+        """What guidance leads away from: the run in which nothing is written."""
+        return self.row(cell, None) if self.scope.guidance and state is not None else None
+
+    def plain_row(self, cell: Cell, words: Tokens) -> Row:
+        """A run of another prompt in a cell's place, in which nothing is written."""
+        more = self.targets[cell.target].edited(words)
+        return Row(Site(self.scope.site, cell.target_layer), len(words) - 1, None, self.scope.write, more=more)
+
     def written(self, cell: Cell) -> Tensor:
-        """f(h) of a cell. VectorError if h or f(h) is not finite."""
+        """f(h) of a cell, [layer, span, d_model]. VectorError if h or f(h) is not finite."""
         place = self.places[cell.place]
-        h = self.sight.vector(cell.place, cell.source_layer)
+        layers = [cell.source_layer + k for k in self._carried(cell.source_layer, cell.target_layer)]
+        h = self.sight.found(cell.place, layers, place.span)
+        assert h is not None
         where = f"layer {cell.source_layer}, position {place.position} of {_short(place.text)}"
         require_finite(h, f"the state at {where}")
-        f = self.map_of(cell)
-        vector = f(h)
-        require_finite(vector, f"what the map {f.name!r} makes of the state at {where}")
-        return vector
+        state = self.mapped(cell, h)
+        require_finite(state, f"what the map {self.map_of(cell).name!r} makes of the state at {where}")
+        return state
 
     def _generate(self, requests: dict[str, Request], keep_logits: bool, top_k: int, progress: Progress) -> dict[str, _Said]:
         """Run all requests, of all target prompts, in one stream."""
         model, scope = self.target_model, self.scope
-        decoding = Decoding(scope.max_new_tokens, model.end_ids, stopping(model.decode, scope.stop), scope.temperature)
+        decoding = Decoding(
+            scope.max_new_tokens, model.end_ids, stopping(model.decode, scope.stop), scope.temperature, scope.guidance
+        )
         route = model.capabilities.route if decoding.max_new_tokens > 1 else model.capabilities.readout_route
         keys, found = list(requests), dict[str, _Said]()
         for k, one in stream(model.engine, list(requests.values()), decoding, route=route):
@@ -278,24 +346,35 @@ class Viewing:
         for model, what in ((origin, "reading sources"), (target_model, "patching")):
             for ability in ("hooks_seen", "identity", "rows_independent"):
                 model.capabilities.require(ability, what)
+        require_spread(scope.spread, scope.carry)
+        if not math.isfinite(scope.guidance):
+            raise InputError(f"guidance is {scope.guidance}; expected a finite number, 0 for none")
         prompts = [scope.prompt] if isinstance(scope.prompt, (str, Tokens)) else list(scope.prompt)
         targets = [resolve_target(target_model, prompt, scope.position, scope.edits) for prompt in prompts]
         for target in targets:
             _ = target.more  # what is wrong with the edits is said now
-            longest = len(target.tokens) + scope.max_new_tokens
-            if target_model.context is not None and longest > target_model.context:
-                room = target_model.context - len(target.tokens)
+        return origin, target_model, targets
+
+    def _check_places(self) -> None:
+        """PositionError where a source's states have no places in a target; PromptError where a target gets too long."""
+        scope, model = self.scope, self.target_model
+        firsts = {(place.span, place.position): p for p, place in enumerate(self.places)}
+        for p, t in ((p, t) for p in firsts.values() for t in range(len(self.targets))):
+            target = self.target_of(Cell(p, 0, t, 0, 0, 0))
+            _ = target.more
+            if model.context is not None and len(target.tokens) + scope.max_new_tokens > model.context:
+                room = model.context - len(target.tokens)
                 raise PromptError(
                     f"the target prompt has {len(target.tokens)} tokens and {scope.max_new_tokens} more were asked for, but "
-                    f"{target_model.name} reads at most {target_model.context}; give a shorter prompt or max_new_tokens ≤ {room}"
+                    f"{model.name} reads at most {model.context}; give a shorter prompt or max_new_tokens ≤ {room}"
                 )
-        return origin, target_model, targets
 
     def _check_maps(self) -> None:
         """LayerError if a map knows no such layers, VectorError if it takes or makes vectors of another width."""
         origin, target_model = self.origin, self.target_model
         one = torch.ones(1, origin.d_model, device=target_model.device)
-        for f, (source_layer, target_layer) in ((f, pair) for f in self.maps for pair in self.pairs):
+        pairs = dict.fromkeys((layer + k, other + k) for layer, other in self.pairs for k in self._carried(layer, other))
+        for f, (source_layer, target_layer) in ((f, pair) for f in self.maps for pair in pairs):
             out = map_between(f, source_layer, target_layer)(one)
             if out.shape[-1] != target_model.d_model:
                 raise VectorError(
@@ -304,7 +383,7 @@ class Viewing:
                 )
 
     def _layer_pairs(self) -> list[tuple[int, int]]:
-        asked, top = self.scope.layer, self.target_model.n_layers - (self.scope.site != "resid")
+        asked, top = self.scope.layer, self._top(self.target_model, self.scope.site)
         if isinstance(asked, str) and asked == "same":
             return [(layer, resolve_layers(layer, top)[0]) for layer in self.layers]
         others = resolve_layers(asked, top)
@@ -318,7 +397,13 @@ class Viewing:
             "source_model": origin.provenance(),
             "target_model": None if target_model is origin else target_model.provenance(),
             "sources": [
-                {"text": p.text, "ids": list(p.tokens.ids) if p.tokens else None, "position": p.position, "site": self.site}
+                {
+                    "text": p.text,
+                    "ids": list(p.tokens.ids) if p.tokens else None,
+                    "position": p.position,
+                    "site": self.site,
+                    **({"span": p.span} if p.span > 1 else {}),
+                }
                 for p in self.places
             ],
             **self.settings(),
@@ -331,15 +416,20 @@ class Viewing:
             "source_layers": self.layers,
             "scope": {
                 "name": scope.name,
-                "targets": [{"text": t.tokens.text, "ids": list(t.tokens.ids), "position": t.position} for t in self.targets],
+                "targets": [
+                    {"text": t.tokens.text, "ids": list(t.tokens.ids), "position": _where(t.positions)} for t in self.targets
+                ],
                 "layer": _asked(scope.layer, self.pairs),
                 "map": [f.name for f in self.maps],
                 "max_new_tokens": scope.max_new_tokens,
                 "stop": list(scope.stop),
                 "site": scope.site,
                 "write": scope.write,
+                "spread": scope.spread if isinstance(scope.spread, str) else list(scope.spread),
+                "carry": scope.carry,
                 "edits": [f"{edit!r} {edit.digest}" for edit in scope.edits],
                 "temperature": scope.temperature,
+                "guidance": scope.guidance,
                 "draws": scope.draws,
                 "seed": scope.seed,
             },
@@ -352,6 +442,11 @@ def _asked(layer: Layers, pairs: list[tuple[int, int]]) -> int | str | list[int]
     if isinstance(layer, str):
         return layer
     return operator.index(layer) if isinstance(layer, SupportsIndex) else list(dict.fromkeys(other for _, other in pairs))
+
+
+def _where(positions: tuple[int, ...]) -> int | list[int] | str:
+    """i* as a number; several as a list; "same" where they hang on the source."""
+    return positions[0] if len(positions) == 1 else list(positions) or SAME
 
 
 def _short(text: str) -> str:
