@@ -62,14 +62,16 @@ def sweep(
     on_change: OnChange = "refuse",
     listeners: Sequence[Listener] = (),
     stop: Stop | None = None,
+    work: bool = True,
 ) -> Run:
     """Record an experiment as a run. The same experiment again: what was finished is there at once, the rest is gone on with.
 
     runs       where run folders are; `folder`: this very one
     models     loaded models, by what the experiment calls them, instead of its own; only for work in this process
     executor   who works: `Here()` (default), `Processes(…)`, `OnRay(…)`
-    new        a new run, whatever is there
+    new        a new run, whatever is there, that takes nothing over
     listeners  hear every event (see `events`)
+    work       False: plan only, for parts that others do (see `parts`); `executor` says on what kind of device
 
     Ctrl-C once ends it after the shards under way, twice at once; the run can be resumed. InputError, NotAvailableError, RefusedError
     before anything is made; ResourceError if disk or memory do not do, what was finished being safe.
@@ -81,6 +83,8 @@ def sweep(
         if same.status in ("done", "partial"):
             for listener in listeners:
                 listener({"seq": 0, "time": "", "kind": "cached", "run": same.id, "cells": same.cells, "folder": str(same.path)})
+            return same
+        if not work:
             return same
         return resume(same.path, executor=executor, on_change=on_change, listeners=listeners, stop=stop)
     asked = resolved(experiment)
@@ -111,8 +115,11 @@ def sweep(
         write_table(path / "prompts.parquet", _prompts(seen))
         write_record(path, record)
         with contextlib.closing(EventLog(path / "events.jsonl", tuple(listeners))) as log:
-            cached = _bring(path, Path(runs), table, found, log, tensors=asked.outputs.vectors or asked.outputs.logits)
+            kept = asked.outputs.vectors or asked.outputs.logits  # those of other runs lie in their folders
+            cached = 0 if new or kept else _bring(path, Path(runs), table, found, log)
             log.tell("planned", run=record["id"], folder=str(path), cells=len(table), shards=record["shards"], cached=cached)
+            if not work:
+                return Run(path)
             here = Here(worker=worker) if worker is not None else executor
             return _go_on(path, here, log, stop or Stop())
 
@@ -282,29 +289,28 @@ def _new_folder(runs: Path, name: str, question: str) -> Path:
 # --------------------------------------------------------------------------------------------------------------- doing
 
 
-def _bring(path: Path, runs: Path, table: pl.DataFrame, found: Conditions, log: EventLog, *, tensors: bool) -> int:
-    """Take over rows of cells that earlier runs below `runs` finished under the same conditions; how many. None if tensors are to be kept:
-    those of other runs lie in their folders."""
+def _bring(path: Path, runs: Path, table: pl.DataFrame, found: Conditions, log: EventLog) -> int:
+    """Take over rows of cells that earlier runs below `runs` finished under the same conditions; how many."""
     from patchscopes.runs.schema import COORDINATES, RESULTS
 
-    wanted = table.select("cell")
+    wanted = table.select("cell", "look", "index")
+    sizes = wanted.group_by("look", "index").len("size")
     brought = 0
-    for other in run_folders(runs) if not tensors else ():
+    for other in run_folders(runs):
         if other == path or not len(wanted):
             continue
         run = Run(other)
         numbers = [k for k, entry in enumerate(run.provenance) if not differences(entry.get("conditions", {}), found)]
         if not numbers:
             continue
-        rows = (
-            run.scan()
-            .filter(pl.col("provenance").is_in(numbers) & (pl.col("status") != "failed"))
-            .select("cell", *RESULTS)
-            .join(wanted.lazy(), on="cell", how="semi")
-            .collect()
-        )
+        rows = run.scan().filter(pl.col("provenance").is_in(numbers)).select("cell", *RESULTS)
+        rows = rows.join(wanted.lazy(), on="cell").collect()
+        # whole readings only: what is left of one would be made with all of its controls
+        whole = rows.group_by("look", "index").agg(pl.len().alias("there"), (pl.col("status") == "failed").any().alias("failed"))
+        whole = whole.join(sizes, on=["look", "index"]).filter((pl.col("there") == pl.col("size")) & ~pl.col("failed"))
+        rows = rows.join(whole, on=["look", "index"], how="semi")
         if len(rows):
-            rows = rows.with_columns(attempt=pl.lit(0, pl.Int32), provenance=pl.lit(0, pl.Int32))
+            rows = rows.drop("look", "index").with_columns(attempt=pl.lit(0, pl.Int32), provenance=pl.lit(0, pl.Int32))
             rows = rows.join(table.select(*COORDINATES), on="cell").select(*ROWS)
             write_piece(path, int(table["shard"].max()) + 1 + brought, 0, rows)  # type: ignore[arg-type]
             wanted = wanted.join(rows.select("cell"), on="cell", how="anti")
