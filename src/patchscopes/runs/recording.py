@@ -115,7 +115,8 @@ def sweep(
         write_table(path / "prompts.parquet", _prompts(seen))
         write_record(path, record)
         with contextlib.closing(EventLog(path / "events.jsonl", tuple(listeners))) as log:
-            cached = 0 if new else _bring(path, Path(runs), table, found, log)
+            kept = asked.outputs.vectors or asked.outputs.logits  # those of other runs lie in their folders
+            cached = 0 if new or kept else _bring(path, Path(runs), table, found, log)
             log.tell("planned", run=record["id"], folder=str(path), cells=len(table), shards=record["shards"], cached=cached)
             if not work:
                 return Run(path)
