@@ -7,7 +7,7 @@ from patchscopes.scopes.cross_model import cross_model
 from patchscopes.scopes.describe import describe
 from patchscopes.scopes.embedding_space import embedding_space
 from patchscopes.scopes.extract import extract
-from patchscopes.scopes.future_lens import future_lens
+from patchscopes.scopes.future_lens import FUTURE_PROMPTS, future_lens
 from patchscopes.scopes.identity import identity
 from patchscopes.scopes.linear_shortcut import linear_shortcut
 from patchscopes.scopes.logit_lens import logit_lens
@@ -18,6 +18,7 @@ from patchscopes.scopes.source import Source
 from patchscopes.scopes.superscopes import best_of, chosen, criterion, superscope
 
 __all__ = [
+    "FUTURE_PROMPTS",
     "Grid",
     "Patchscope",
     "Readings",

@@ -29,7 +29,7 @@ def causal_tracing(
     prompt: Prompt,
     subject: Position,
     *,
-    noise: float = 3.0,
+    noise: int | float = 3.0,
     seed: int = 0,
     site: str = "resid",
     spread: Spread = "here",

@@ -7,7 +7,7 @@ the state at layer ℓ and position t, what comes at t + 1, t + 2, … Three way
     linear         a map from ℓ at t to the last layer at t + N, read through the head: `linear_shortcut` of a map that was fitted so
     soft prompt    T is ten learned vectors, i* = the last of them, ℓ* = ℓ: `soft_prompt`
 
-The paper's four fixed prompts are `PROMPTS`; the readings of all of them are one call, with `target` in the table.
+The paper's four fixed prompts are `FUTURE_PROMPTS`; the readings of all of them are one call, with `target` in the table.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from patchscopes.maps import Identity, Map
 from patchscopes.model.model import Model
 from patchscopes.scopes.patchscope import Patchscope
 
-PROMPTS = (
+FUTURE_PROMPTS = (
     'Hello! Could you please tell me more about "',
     'The multi-tokens present here are "',
     "The concepts in this hidden state listed are: (",
@@ -28,7 +28,7 @@ PROMPTS = (
 
 
 def future_lens(
-    prompt: str | Sequence[str] = PROMPTS[0],
+    prompt: str | Sequence[str] = FUTURE_PROMPTS[0],
     *,
     layer: Layers = "same",
     map: Map | Sequence[Map] = Identity(),

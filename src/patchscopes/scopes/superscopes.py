@@ -45,7 +45,7 @@ AT_ONCE = 64  # runs of one pass
 
 
 def superscope(
-    alphas: Sequence[float] = ALPHAS, *, scope: Patchscope | None = None, layer: int | str | Sequence[int] = 1
+    alphas: Sequence[int | float] = ALPHAS, *, scope: Patchscope | None = None, layer: int | str | Sequence[int] = 1
 ) -> Patchscope:
     """Every state at every α, through `scope` (absent: entity description, written at layer 1, 10 tokens, as in the application)."""
     if not alphas:
