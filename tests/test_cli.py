@@ -36,7 +36,7 @@ from patchscopes.scopes import Readings
 CONTEXT = 160
 HEAVY = {"torch", "transformers", "polars", "matplotlib", "numpy", "safetensors", "huggingface_hub", "yaml"}
 COMMANDS = ("inspect", "tokens", "check", "doctor", "bench", "demo", "organism", "organism train", "organism evaluate")
-COMMANDS += ("report", "figure", "schema", "config", "config show", "config path")
+COMMANDS += ("report", "figure", "evaluate", "schema", "config", "config show", "config path")
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,12 @@ def test_attributes_of_the_bundled_model_are_extracted(attributes: tuple[Asked, 
     json.dumps(found.to_json())
 
 
+def test_relations_in_the_same_words_are_told_apart(tmp_path: Path) -> None:
+    settings = dataclasses.replace(SMALL, tasks=("city.country", "landmark.country"), layers="4", target_layers="2", probe=False)
+    found = attribute.evaluate(Asked(n=6, runs=tmp_path), settings)
+    assert [row["items"] for row in found.scores["by_relation"].values()] == [6, 6]  # type: ignore[index]
+
+
 def test_asking_again_computes_nothing(attributes: tuple[Asked, Result]) -> None:
     asked, found = attributes
     heard: list[str] = []

@@ -66,7 +66,8 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
     runs = []
     if settings.known == "model":
         runs.append(recorded(asked, _known(asked, settings, items)))
-        kept = tuple(item for item, yes in zip(items.items, extraction.knows(runs[0], items.items), strict=True) if yes)
+        known = extraction.knows(runs[0], _by_target(items))
+        kept = tuple(item for item in items.items if item in known)
         notes.append(f"The model knows {len(kept):,} of {len(items.items):,} items; the others are left out.")
         items = _enough(Items(items.name, kept, items.stop), settings, notes)
     grid = recorded(asked, _grid(asked, settings, items))

@@ -58,14 +58,17 @@ def questions(items: Sequence[Item]) -> list[str]:
     return list(dict.fromkeys(item.target.replace("{x}", item.subject) for item in items))
 
 
-def knows(run: Run, items: Sequence[Item]) -> list[bool]:
-    """Whether the model says the object of each item, from the run that asks in words (see `attribute._known`): the paper's test."""
-    asked: dict[str, list[str]] = {}
-    for target in dict.fromkeys(item.target for item in items):
-        asked[target] = questions([item for item in items if item.target == target])
-    rows = run.table(control="none", status="ok").select("scope", "target", "text")
-    said = {(target, asked[target][k]): text for target, k, text in rows.iter_rows()}
-    return [_contains(said.get((item.target, item.target.replace("{x}", item.subject)), ""), item) for item in items]
+def knows(run: Run, parts: Sequence[tuple[str, str, Sequence[Item]]]) -> set[Item]:
+    """The items whose object the model says when asked in words, by the paper's test. parts: (name, target prompt, items) of the run (see
+    `attribute._known`)."""
+    rows = run.table(control="none", status="ok").select("part", "target", "text")
+    said = {(part, k): text for part, k, text in rows.iter_rows()}
+    texts: dict[str, str] = {}  # by question: what two parts ask was asked once
+    for name, _, some in parts:
+        texts |= {question: said[name, k] for k, question in enumerate(questions(some)) if (name, k) in said}
+    return {
+        item for *_, some in parts for item in some if _contains(texts.get(item.target.replace("{x}", item.subject), ""), item)
+    }
 
 
 def grid_hits(run: Run, items: Sequence[Item], *, seed: int = 0) -> Hits:
