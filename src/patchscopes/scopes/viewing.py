@@ -130,23 +130,27 @@ class Viewing:
         *,
         keep_logits: bool = False,
         top_k: int = 0,
+        strict: bool = False,
         progress: Progress = lambda done, of, what: None,
     ) -> list[Outcome]:
         """What `cells` (default: all) say, each with its controls and its evidence, in order. An error raised by `progress`
-        cancels."""
+        cancels. strict: a cell that cannot be read is raised before any target runs."""
         cells = self.cells if cells is None else cells
         progress(0, len(cells), "reading sources")
         self.sight.need({cell.place for cell in cells})
-        if self.controls:
-            self.controls.need({cell.place for cell in cells})
-        requests: dict[str, Request] = {}
-        keys: dict[Cell, list[tuple[str, str]]] = {}
+        vectors: dict[Cell, Tensor] = {}
         errors: dict[Cell, PatchscopesError] = {}
         for cell in cells:
             try:
-                keys[cell] = list(self._runs(cell, requests))
+                vectors[cell] = self.written(cell)
             except VectorError as error:
+                if strict:
+                    raise
                 errors[cell] = error
+        if self.controls and vectors:
+            self.controls.need({cell.place for cell in vectors})
+        requests: dict[str, Request] = {}
+        keys = {cell: list(self._runs(cell, vector, requests)) for cell, vector in vectors.items()}
         said = self._generate(requests, keep_logits, top_k, progress)
         well = list(keys)
         texts = {cell: said[keys[cell][0][1]].tokens for cell in well}
@@ -162,10 +166,9 @@ class Viewing:
             outcomes.append(Outcome(cell, rows, [t for t in kept if t is not None] if keep_logits else None))
         return outcomes
 
-    def _runs(self, cell: Cell, requests: dict[str, Request]) -> Iterator[tuple[str, str]]:
+    def _runs(self, cell: Cell, vector: Tensor, requests: dict[str, Request]) -> Iterator[tuple[str, str]]:
         """(kind, key of its request) of a cell's own run and of its controls'; requests of equal key are one."""
         target = self.targets[cell.target]
-        vector = self.written(cell)
         for kind, key, tokens, position, patched in (
             ("none", f"none {self.identity(cell)}", target.tokens, target.position, vector),
             *(self.controls.runs(cell, vector) if self.controls else ()),
