@@ -349,7 +349,9 @@ def test_a_map_that_makes_no_numbers_is_refused_before_the_target_runs() -> None
     model, passes = loaded("llama"), list[int]()
     handle = model.hf.register_forward_hook(lambda *_: passes.append(1))
     try:
-        with pytest.raises(VectorError, match=r"what the map 'root' makes of the state at layer 2 has 64 of 64"):
+        with pytest.raises(
+            VectorError, match=r"what the map 'root' makes of the state at layer 2, position 0 of 'vector 0' has 64 of 64"
+        ):
             ps.Patchscope("{x}", layer=1, map=Root())(ps.Source.of_vectors(model, -torch.ones(WIDTH), layer=2))
     finally:
         handle.remove()

@@ -509,7 +509,12 @@ def test_ctrl_c_once_ends_after_the_shard_and_twice_at_once(tmp_path, whole):
     experiment = {**EXPERIMENT, "shard": 1}
     command = [sys.executable, "-m", "patchscopes", "sweep", "--runs", str(tmp_path), "--json", str(tmp_path / "e.json")]
     (tmp_path / "e.json").write_text(json.dumps(experiment))
-    for number, times, code in ((signal.SIGINT, 1, 130), (signal.SIGINT, 2, 130), (signal.SIGTERM, 1, 143)):
+    for number, times, code in (
+        (signal.SIGINT, 1, 130),
+        (signal.SIGINT, 2, 130),
+        (signal.SIGINT, 9, 130),
+        (signal.SIGTERM, 1, 143),
+    ):
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
             for line in process.stdout:
                 if json.loads(line)["kind"] == "shard":

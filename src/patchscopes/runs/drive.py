@@ -31,20 +31,23 @@ def drive(run: Run, tasks: Sequence[Task], executor: Executor, log: EventLog, st
     driving.write()
     log.tell("started", run=run.id, shards=len(tasks), cells=driving.todo, workers=executor.workers, executor=executor.name)
     ending = "stopped"
-    try:
-        with _signals(stop, alone):
-            if tasks:
-                executor.run(Job(run.spec, str(run.path)), tasks, driving.hear, stop)
-        ending = "done"
-    finally:
-        with contextlib.suppress(OSError, ResourceError):  # a full disk: the record then says "running", which reads as stopped
-            found = run.refresh()
-            counts = found.counts
-            if alone:
-                ending = close(found)
-            elif stop.asked:
-                ending = "stopped"
-            log.tell(ending if ending == "stopped" else "done", run=run.id, status=ending, counts=counts)
+    with _signals(stop, alone) as working:
+        try:
+            with working:
+                if tasks:
+                    executor.run(Job(run.spec, str(run.path)), tasks, driving.hear, stop)
+            ending = "done"
+        finally:
+            with contextlib.suppress(
+                OSError, ResourceError
+            ):  # a full disk: the record then says "running", which reads as stopped
+                found = run.refresh()
+                counts = found.counts
+                if alone:
+                    ending = close(found)
+                elif stop.asked:
+                    ending = "stopped"
+                log.tell(ending if ending == "stopped" else "done", run=run.id, status=ending, counts=counts)
     return run.refresh()
 
 
@@ -194,27 +197,38 @@ def add_about(entry: dict[str, Any], about: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _signals(stop: Stop, alone: bool) -> Iterator[None]:
-    """Inside, Ctrl-C and SIGTERM end the work: once after the shards under way, twice at once; for schedulers' sake SIGUSR1 too, which
-    they send some time before. Only the main thread hears signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _signals(stop: Stop, alone: bool) -> Iterator[contextlib.AbstractContextManager[None]]:
+    """Inside, Ctrl-C and SIGTERM end what runs inside the context that it gives: once after the shards under way, twice at once, but
+    never the record's writing after it. For schedulers' sake SIGUSR1 too, which they send some time before. Only the main thread hears
+    signals."""
+    at_work = False
+
+    @contextlib.contextmanager
+    def working() -> Iterator[None]:
+        nonlocal at_work
+        at_work = True
+        try:
+            yield
+        except KeyboardInterrupt:
+            if not stop.now:
+                raise
+        finally:
+            at_work = False
 
     def handler(number: int, _frame: FrameType | None) -> None:
+        nonlocal at_work
         stop(number)
-        if stop.now:
+        if stop.now and at_work:
+            at_work = False  # a third must not end what ends the work
             raise KeyboardInterrupt
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     if not alone and hasattr(signal, "SIGUSR1"):
         numbers.append(signal.SIGUSR1)
-    before = {number: signal.signal(number, handler) for number in numbers}
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in numbers} if main else {}
     try:
-        yield
-    except KeyboardInterrupt:
-        if not stop.now:
-            raise
+        yield working()
     finally:
         for number, old in before.items():
             signal.signal(number, old)

@@ -96,6 +96,7 @@ class Worker:
             about["logits"] = {"axes": ["cell", "vocab"], "cells": ids}
         if self.outputs.vectors:
             places = dict.fromkeys((o.cell.place, o.cell.source_layer) for o in outcomes)
+            one.viewing.sight.need({place for place, _ in places})
             found["vectors"] = torch.stack([one.viewing.sight.vector(*place).cpu() for place in places])
             named = [{**one.heading, **_place(one, *place)} for place in places]
             about["vectors"] = {"axes": ["state", "d_model"], "states": named}

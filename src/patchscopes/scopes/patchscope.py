@@ -87,10 +87,7 @@ class Patchscope:
         keep_logits  keep the next-token logits of every row of the table
         """
         viewing = Viewing(self, source, controls)
-        outcomes = viewing.read(keep_logits=keep_logits, progress=progress)
-        for outcome in outcomes:
-            if outcome.error is not None:
-                raise outcome.error
+        outcomes = viewing.read(keep_logits=keep_logits, strict=True, progress=progress)
         table = pl.DataFrame([row for outcome in outcomes for row in outcome.rows], schema=SCHEMA)
         logits = torch.stack([one for outcome in outcomes for one in outcome.logits or ()]) if keep_logits else None
         return Readings(table, viewing.provenance(), logits)

@@ -199,23 +199,27 @@ class Viewing:
         *,
         keep_logits: bool = False,
         top_k: int = 0,
+        strict: bool = False,
         progress: Progress = lambda done, of, what: None,
     ) -> list[Outcome]:
         """What `cells` (default: all) say, each with its controls and its evidence, in order. An error raised by `progress`
-        cancels."""
+        cancels. strict: a cell that cannot be read is raised before any target runs."""
         cells = self.cells if cells is None else cells
         progress(0, len(cells), "reading sources")
         self.sight.need({cell.place for cell in cells})
-        if self.controls:
-            self.controls.need({cell.place for cell in cells})
-        requests: dict[str, Request] = {}
-        keys: dict[Cell, list[tuple[str, str]]] = {}
+        states: dict[Cell, Tensor] = {}
         errors: dict[Cell, PatchscopesError] = {}
         for cell in cells:
             try:
-                keys[cell] = list(self._runs(cell, requests))
+                states[cell] = self.written(cell)
             except VectorError as error:
+                if strict:
+                    raise
                 errors[cell] = error
+        if self.controls and states:
+            self.controls.need({cell.place for cell in states})
+        requests: dict[str, Request] = {}
+        keys = {cell: list(self._runs(cell, state, requests)) for cell, state in states.items()}
         said = self._generate(requests, keep_logits, top_k, progress)
         well = list(keys)
         texts = {cell: said[keys[cell][0][1]].tokens for cell in well}
@@ -232,9 +236,8 @@ class Viewing:
             outcomes.append(Outcome(cell, rows, logits, said=tuple(texts[cell])))
         return outcomes
 
-    def _runs(self, cell: Cell, requests: dict[str, Request]) -> Iterator[tuple[str, str]]:
+    def _runs(self, cell: Cell, state: Tensor, requests: dict[str, Request]) -> Iterator[tuple[str, str]]:
         """(kind, key of its request) of a cell's own run and of its controls'; requests of equal key are one."""
-        state = self.written(cell)
         for kind, key, words, patched in (
             ("none", f"none {self.identity(cell)}", None, state),
             *(self.controls.runs(cell, state) if self.controls else ()),
