@@ -1,10 +1,12 @@
 """Patchscopes: sources, scopes, readings, and the scopes of the paper and its relatives as presets that differ in their settings alone."""
 
+from patchscopes.scopes.activation_difference import Difference, activation_difference, difference_scope, in_all
 from patchscopes.scopes.attention_knockout import attention_knockout
 from patchscopes.scopes.attribute_lens import attribute_lens
 from patchscopes.scopes.causal_tracing import causal_tracing
 from patchscopes.scopes.cross_model import cross_model
 from patchscopes.scopes.describe import describe
+from patchscopes.scopes.directions import Explained, explain, lengths
 from patchscopes.scopes.embedding_space import embedding_space
 from patchscopes.scopes.extract import extract
 from patchscopes.scopes.future_lens import FUTURE_PROMPTS, future_lens
@@ -19,11 +21,14 @@ from patchscopes.scopes.superscopes import best_of, chosen, criterion, superscop
 
 __all__ = [
     "FUTURE_PROMPTS",
+    "Difference",
+    "Explained",
     "Grid",
     "Patchscope",
     "Readings",
     "Relevancy",
     "Source",
+    "activation_difference",
     "attention_knockout",
     "attribute_lens",
     "best_of",
@@ -32,10 +37,14 @@ __all__ = [
     "criterion",
     "cross_model",
     "describe",
+    "difference_scope",
     "embedding_space",
+    "explain",
     "extract",
     "future_lens",
     "identity",
+    "in_all",
+    "lengths",
     "linear_shortcut",
     "logit_lens",
     "relevancy",
