@@ -19,7 +19,7 @@ from patchscopes.evaluate.statistics import Estimate
 from patchscopes.runs import Stop
 from patchscopes.views.evaluation import page, save_figures
 
-SMALL = attribute.Settings(tokens=6, layers="3:6:2", target_layers="1:4", tasks=("country.capital", "city.country"))
+SMALL = attribute.Settings(probe=12, tokens=6, layers="3:6:2", target_layers="1:4", tasks=("country.capital", "city.country"))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_attributes_of_the_bundled_model_are_extracted(attributes: tuple[Asked, 
 
 
 def test_relations_in_the_same_words_are_told_apart(tmp_path: Path) -> None:
-    settings = dataclasses.replace(SMALL, tasks=("city.country", "landmark.country"), layers="4", target_layers="2", probe=False)
+    settings = dataclasses.replace(SMALL, tasks=("city.country", "landmark.country"), layers="4", target_layers="2", probe=0)
     found = attribute.evaluate(Asked(n=6, runs=tmp_path), settings)
     assert [row["items"] for row in found.scores["by_relation"].values()] == [6, 6]  # type: ignore[index]
 
@@ -85,7 +85,7 @@ def test_a_stopped_experiment_goes_on(attributes: tuple[Asked, Result], tmp_path
 
 def test_random_weights_are_at_chance(random_weights: ps.Model, tmp_path: Path) -> None:
     asked = Asked(n=12, runs=tmp_path, models={"atlas": random_weights})
-    settings = dataclasses.replace(SMALL, known="all", probe=False)
+    settings = dataclasses.replace(SMALL, known="all", probe=0)
     scores: Any = attribute.evaluate(asked, settings).scores
     assert scores["held_out_cell"].value < 0.1
     assert abs(scores["any_of_all"].value - scores["any_of_all_other_entity"].value) < 0.15
@@ -147,17 +147,20 @@ def test_the_probe_solves_its_problem_and_keeps_clusters_apart() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, 5, generator=generator)
     y = (x[:, 0] > 0).long() + 2 * (x[:, 1] > 0).long()
-    weight, bias = probe.fit(x, y, 4)
-    p = torch.softmax(x.double() @ weight.T + bias, 1) - torch.nn.functional.one_hot(y, 4)
-    assert (p.T @ x.double() + weight).abs().max() < 1e-4 and p.sum(0).abs().max() < 1e-4  # the gradient is zero
+    both = torch.stack([x, torch.randn(40, 5, generator=generator)])
+    for some in (both, both[:, :4]):  # more rows than features, and fewer
+        weights, biases = probe.fit(some, y[: some.shape[1]], 4)
+        for one, weight, bias in zip(some, weights, biases, strict=True):
+            p = torch.softmax(one.double() @ weight.T + bias, 1) - torch.nn.functional.one_hot(y[: len(one)], 4)
+            assert (p.T @ one.double() + weight).abs().max() < 1e-4 and p.sum(0).abs().max() < 1e-4  # the gradient is zero
     clusters = [k // 2 for k in range(40)]
     fold = probe.folds_of(clusters)
     assert all(fold[2 * k] == fold[2 * k + 1] for k in range(20)) and set(fold) == {0, 1, 2}
-    hits = probe.held_out_hits(x, y.tolist(), clusters)
-    assert hits is not None and hits.mean() > 0.7
-    shuffled = probe.held_out_hits(x, y[torch.randperm(40, generator=generator)].tolist(), clusters)
+    hits = probe.held_out_hits(both, y.tolist(), clusters)
+    assert hits is not None and hits[:, 0].mean() > 0.7 and hits[:, 1].mean() < 0.5  # what is there, and noise
+    shuffled = probe.held_out_hits(both, y[torch.randperm(40, generator=generator)].tolist(), clusters)
     assert shuffled is not None and shuffled.mean() < 0.5
-    assert probe.held_out_hits(x, [1] * 40, clusters) is None
+    assert probe.held_out_hits(both, [1] * 40, clusters) is None
 
 
 # ------------------------------------------------------------------------------------------------------------------ frame and page

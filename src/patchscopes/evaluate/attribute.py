@@ -25,7 +25,7 @@ from patchscopes.runs.spec import Experiment
 
 TITLE = "Attribute extraction"
 PAPER = "Ghandeharioun et al. 2024, Patchscopes, section 4.2, tables 1 and 5"
-EACH, QUICK_EACH, QUICK_RELATIONS = 12, 4, 8
+EACH, QUICK_EACH, QUICK_RELATIONS, QUICK_PROBE = 12, 4, 8, 12
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Settings:
     at_least     relations with fewer items are left out, with a note
     tasks        relations; none: of the attribute TSVs the paper's twelve, else all
     leaks        whether prompts in which the object stands are kept
-    probe        whether the probe is fitted
+    probe        items of a relation that a probe sees at most, those above among them, whether or not the model knows them; 0: no probe
     """
 
     tokens: int = 20
@@ -48,21 +48,24 @@ class Settings:
     at_least: int = 4
     tasks: tuple[str, ...] | None = None
     leaks: bool = True
-    probe: bool = True
+    probe: int = 48
 
 
 def plan(asked: Asked, settings: Settings) -> list[Experiment]:
     """What will be run: every item, as if the model knew all; the controls at some cell."""
-    items, _ = _items(asked, settings)
+    pool = _pool(asked, settings, [])
+    items = _items(asked, settings, pool, [])
     rest = [_grid(asked, settings, items), _controls(asked, settings, items, (1, 1))]
-    rest += [_vectors(asked, settings, items)] if settings.probe else []
+    rest += [_vectors(asked, settings, _probed(asked, settings, items, pool))] if settings.probe else []
     return [*([_known(asked, settings, items)] if settings.known == "model" else []), *rest]
 
 
 def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
     """The figures of the module's docstring."""
     settings = settings or Settings()
-    items, notes = _items(asked, settings)
+    notes: list[str] = []
+    pool = _pool(asked, settings, notes)
+    items = _items(asked, settings, pool, notes)
     runs = []
     if settings.known == "model":
         runs.append(recorded(asked, _known(asked, settings, items)))
@@ -77,8 +80,9 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
     runs += [grid, control]
     probes = None
     if settings.probe:
-        runs.append(recorded(asked, _vectors(asked, settings, items)))
-        probes = probing.probe(runs[-1], items.items, seed=asked.seed)
+        probed = _probed(asked, settings, items, pool)
+        runs.append(recorded(asked, _vectors(asked, settings, probed)))
+        probes = probing.probe(runs[-1], probed.items, seed=asked.seed)
     own, deviations = settings_of(settings, asked)
     return extraction.result(
         TITLE,
@@ -86,7 +90,7 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
         extraction.scored(hits, shared, control, probes, seed=asked.seed),
         settings=own,
         deviations=(*deviations, *_deviations(items)),
-        caveats=(*notes, *items.notes, *caveats_of([grid, control])),
+        caveats=(*notes, *caveats_of([grid, control])),
         runs=tuple(runs),
     )
 
@@ -103,8 +107,8 @@ def _deviations(items: Items) -> tuple[str, ...]:
 # ---------------------------------------------------------------------------------------------------------------------------- items
 
 
-def _items(asked: Asked, settings: Settings) -> tuple[Items, list[str]]:
-    """What is asked about, and notes on what was left out."""
+def _pool(asked: Asked, settings: Settings, notes: list[str]) -> Items:
+    """All that can be asked about."""
     data = items_of(asked.data)
     tasks = settings.tasks
     if tasks is None and data.name == "attribute TSVs" and len(data.relations) > len(attribute_tsv.TASKS):
@@ -112,7 +116,7 @@ def _items(asked: Asked, settings: Settings) -> tuple[Items, list[str]]:
     if tasks is not None and (unknown := sorted(set(tasks) - set(data.relations))):
         raise InputError(f"{data.name} have no relation {', '.join(unknown)}; they have {', '.join(data.relations)}")
     found = [item for item in data.items if tasks is None or item.relation in tasks]
-    notes = list(data.notes)
+    notes += data.notes
     if settings.known == "labels":
         if any(item.known is None for item in found):
             raise InputError(f"{data.name} do not say what a model knows; expected known=model or known=all")
@@ -122,9 +126,22 @@ def _items(asked: Asked, settings: Settings) -> tuple[Items, list[str]]:
         notes += [f"{len(found) - len(clean):,} items were left out, since their prompt holds the answer."] * (clean != found)
         found = clean
     if asked.quick and asked.n is None:
-        found = [item for item in found if item.relation in _spread(found)]
+        some = _spread(found)
+        found = [item for item in found if item.relation in some]
+    return Items(data.name, tuple(found), data.stop)
+
+
+def _items(asked: Asked, settings: Settings, pool: Items, notes: list[str]) -> Items:
+    """What is asked about."""
     n = asked.n if asked.n is not None else QUICK_EACH if asked.quick else EACH if asked.data is None else None
-    return _enough(Items(data.name, tuple(sampled(found, n, asked.seed)), data.stop), settings, notes), notes
+    return _enough(Items(pool.name, tuple(sampled(pool.items, n, asked.seed)), pool.stop), settings, notes)
+
+
+def _probed(asked: Asked, settings: Settings, items: Items, pool: Items) -> Items:
+    """What the probe learns from and is tested on."""
+    n = QUICK_PROBE if asked.quick else settings.probe
+    more = [item for item in sampled(pool.items, n, asked.seed) if item.relation in items.relations]
+    return Items(items.name, tuple(dict.fromkeys([*items.items, *more])), items.stop)
 
 
 def _spread(items: Sequence[Item]) -> list[str]:
@@ -145,7 +162,7 @@ def _enough(items: Items, settings: Settings, notes: list[str]) -> Items:
             f"no relation of {items.name} has {settings.at_least} items or more that the model knows; found "
             f"{', '.join(f'{name} ({n})' for name, n in counts.items()) or 'none'}. Give more items (--n), or a lower at_least"
         )
-    return Items(items.name, kept, items.stop, items.notes)
+    return Items(items.name, kept, items.stop)
 
 
 def _subset(items: Items, rows: Sequence[int]) -> Items:

@@ -19,21 +19,33 @@ from torch import Tensor
 FOLDS, STEPS = 3, 200
 
 
-def fit(x: Float[Tensor, "row feature"], y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """(W [class, feature], b [class]) of the problem above, for y in 0…classes−1."""
+def fit(x: Float[Tensor, "probe row feature"], y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """(W [probe, class, feature], b [probe, class]) of the problem above for several probes of the same rows (one a layer) at once, y in
+    0…classes−1. W lies in the span of the rows, so that with fewer rows than features it is looked for there."""
     x = x.double()
-    weight = torch.zeros(classes, x.shape[1], dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS([weight, bias], max_iter=STEPS, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+    basis = torch.linalg.svd(x, full_matrices=False).Vh  # [probe, min(row, feature), feature]
+    z = x @ basis.mT
+    weight = torch.zeros(len(x), classes, z.shape[-1], dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(len(x), 1, classes, dtype=torch.float64, requires_grad=True)
+    target = y.expand(len(x), -1)
+    solver = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=STEPS,
+        tolerance_grad=1e-5,
+        tolerance_change=1e-12,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+    )
 
     def loss() -> Tensor:
         solver.zero_grad()
-        found = torch.nn.functional.cross_entropy(x @ weight.T + bias, y, reduction="sum") + 0.5 * (weight**2).sum()
+        logits = (z @ weight.mT + bias).mT
+        found = torch.nn.functional.cross_entropy(logits, target, reduction="sum") + 0.5 * (weight**2).sum()
         found.backward()
         return found
 
     solver.step(loss)  # type: ignore[arg-type]  # a closure that gives a tensor
-    return weight.detach(), bias.detach()
+    return weight.detach() @ basis, bias.detach()[:, 0]
 
 
 def folds_of(clusters: Sequence[Hashable], seed: int = 0, folds: int = FOLDS) -> np.ndarray:
@@ -45,20 +57,20 @@ def folds_of(clusters: Sequence[Hashable], seed: int = 0, folds: int = FOLDS) ->
 
 
 def held_out_hits(
-    x: Float[Tensor, "row feature"], answers: Sequence[Hashable], clusters: Sequence[Hashable], *, seed: int = 0
+    x: Float[Tensor, "probe row feature"], answers: Sequence[Hashable], clusters: Sequence[Hashable], *, seed: int = 0
 ) -> np.ndarray | None:
-    """For every row: does a probe of the other folds say its answer? None if there are fewer clusters than folds, or one answer only. An
-    answer that is not among the training rows is a miss."""
+    """[row, probe]: does a probe of the other folds say the row's answer? None if there are fewer clusters than folds, or one answer only.
+    An answer that is not among the training rows is a miss."""
     if len(set(clusters)) < FOLDS or len(set(answers)) < 2:
         return None
     fold = folds_of(clusters, seed)
-    hits = np.zeros(len(answers), bool)
+    hits = np.zeros((len(answers), len(x)), bool)
     for k in range(FOLDS):
         train, test = np.flatnonzero(fold != k).tolist(), np.flatnonzero(fold == k).tolist()
         classes = list(dict.fromkeys(answers[i] for i in train))
-        mean, std = x[train].mean(0), x[train].std(0, unbiased=False).clamp_min(1e-8)
+        mean, std = x[:, train].mean(1, keepdim=True), x[:, train].std(1, keepdim=True, unbiased=False).clamp_min(1e-8)
         y = torch.tensor([classes.index(answers[i]) for i in train])
-        weight, bias = fit((x[train] - mean) / std, y, len(classes))
-        says = (((x[test] - mean) / std).double() @ weight.T + bias).argmax(1).tolist()
-        hits[test] = [classes[c] == answers[i] for c, i in zip(says, test, strict=True)]
+        weight, bias = fit((x[:, train] - mean) / std, y, len(classes))
+        says = (((x[:, test] - mean) / std).double() @ weight.mT + bias[:, None]).argmax(-1).T.tolist()
+        hits[test] = [[classes[c] == answers[i] for c in row] for row, i in zip(says, test, strict=True)]
     return hits

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Probed:
-    """hits[item, layer]; NaN where a relation has no probe. left_out: relations without one, and why."""
+    """hits[item, layer]; left_out: relations without a probe, and why they count as misses."""
 
+    items: tuple[Item, ...]
     layers: tuple[int, ...]
     hits: np.ndarray
     left_out: tuple[str, ...]
@@ -28,25 +29,19 @@ class Probed:
 
 def probe(run: Run, items: Sequence[Item], *, seed: int = 0) -> Probed:
     """Cross-validated hits on the vectors that `run` kept, in one part, of prompts labelled with `at`."""
-    vectors = vectors_of(run)
+    vectors = {(prompt, layer): vector for (_, prompt, layer), vector in vectors_of(run).items()}
     number = {(text, at): k for k, text, at in run.prompts.select("prompt", "prompt_text", "at").iter_rows()}
-    layers = tuple(sorted({layer for *_, layer in vectors}))
-    hits = np.full((len(items), len(layers)), np.nan)
+    layers = tuple(sorted({layer for _, layer in vectors}))
+    items = [item for item in items if (item.prompt, item.at) in number]
+    hits = np.zeros((len(items), len(layers)), bool)
     left_out = []
     for relation in dict.fromkeys(item.relation for item in items):
-        mine = [k for k, item in enumerate(items) if item.relation == relation and (item.prompt, item.at) in number]
-        answers, clusters = [items[k].answers[0] for k in mine], [items[k].cluster for k in mine]
-        for column, layer in enumerate(layers):
-            rows = [vectors[run_part(vectors), number[items[k].prompt, items[k].at], layer] for k in mine]
-            found = held_out_hits(torch.stack(rows).float(), answers, clusters, seed=seed) if rows else None
-            if found is None:
-                left_out.append(relation)
-                break
-            hits[mine, column] = found
-    return Probed(layers, hits, tuple(left_out))
-
-
-def run_part(vectors: dict[tuple[str, int, int], torch.Tensor]) -> str:
-    """The name of the one part that the vectors are of."""
-    (part,) = {part for part, *_ in vectors}
-    return part
+        mine = [k for k, item in enumerate(items) if item.relation == relation]
+        rows = [[vectors[number[items[k].prompt, items[k].at], layer] for k in mine] for layer in layers]
+        x = torch.stack([torch.stack(row) for row in rows]).float()
+        found = held_out_hits(x, [items[k].answers[0] for k in mine], [items[k].cluster for k in mine], seed=seed)
+        if found is None:
+            left_out.append(relation)
+        else:
+            hits[mine] = found
+    return Probed(tuple(items), layers, hits, tuple(left_out))
