@@ -46,6 +46,7 @@ class Look:
     labels: list[dict[str, Scalar]]
     numbers: list[int]
     controls: bool
+    evidence: bool = True
 
 
 def looks(experiment: Experiment, models: Mapping[str, Model]) -> tuple[list[Look], list[str]]:
@@ -64,7 +65,9 @@ def looks(experiment: Experiment, models: Mapping[str, Model]) -> tuple[list[Loo
             for scope in part.scope:
                 built = _scope(scope, part, models, sources[0].model)
                 target = spec.key if scope.model is None else scope.model.key
-                found.append(Look(part.name, spec.key, target, scope.called, sources, built, labels, numbers, part.controls))
+                found.append(
+                    Look(part.name, spec.key, target, scope.called, sources, built, labels, numbers, part.controls, part.evidence)
+                )
     return found, list(dict.fromkeys(caveats))
 
 
@@ -181,6 +184,7 @@ def _scope(spec: ScopeSpec, part: Experiment, models: Mapping[str, Model], origi
     lens = spec.preset == "logit-lens"
     layer = spec.layer if spec.layer is not None else None if lens else part.target_layer
     chosen: dict[str, Any] = {
+        "position": spec.at if spec.preset else None,
         "layer": list(layer) if isinstance(layer, tuple) else layer,
         "max_new_tokens": spec.tokens if spec.tokens is not None else None if lens else part.tokens,
         "stop": spec.stop if spec.stop is not None else part.stop,

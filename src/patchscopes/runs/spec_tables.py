@@ -41,7 +41,7 @@ Ids = Annotated[
 ]
 
 
-Preset = Literal["describe", "identity", "identity-bare", "logit-lens"]
+Preset = Literal["back-patch", "describe", "identity", "identity-bare", "logit-lens"]
 DtypeName = Literal["auto", "float32", "float64", "bfloat16", "float16"]
 
 
@@ -203,7 +203,8 @@ class ScopeSpec(Table):
         None, description="Target prompts; {x} marks where the state goes, or `at` says it. Several multiply out."
     )
     at: OneAt | None = Field(
-        None, description="Where the state goes in prompts without {x}: a piece of text or an index. Absent: x."
+        None,
+        description="Where the state goes in prompts without {x}: a piece of text or an index. Absent: x; back-patch: where it was read.",
     )
     layer: TargetLayer | None = described("target_layer")
     map: Maps | None = described("map")
@@ -228,7 +229,8 @@ class ScopeSpec(Table):
             raise InputError("preset and prompt were both given; expected one of them" if self.preset else _NO_SCOPE)
         if self.preset == "logit-lens" and not (self.layer is None and self.tokens is None):
             raise InputError("the logit lens writes at the last layer and says one token; expected no layer and no tokens")
-        if self.at is not None and (self.prompt is None or all(SLOT in (one.text or "") for one in self.prompt)):
+        slots = self.prompt is not None and all(SLOT in (one.text or "") for one in self.prompt)
+        if self.at is not None and (slots or self.preset not in (None, "back-patch")):
             raise InputError(f"at was given, but {SLOT} already says where the state goes; expected one of them")
         return self
 

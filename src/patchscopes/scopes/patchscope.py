@@ -28,7 +28,6 @@ from patchscopes.model.model import Model, Prompt
 from patchscopes.model.tokens import Position
 from patchscopes.scopes.readings import SCHEMA, Readings
 from patchscopes.scopes.source import Source
-from patchscopes.scopes.target import PLACEHOLDER
 from patchscopes.scopes.viewing import Progress, Viewing
 
 
@@ -36,8 +35,8 @@ from patchscopes.scopes.viewing import Progress, Viewing
 class Patchscope:
     """(T, i*, f, M*, ℓ*), and how to go on from there. Call it on a `Source`, or on several of one model.
 
-    prompt          T, or several; a slot "{x}" may mark the place to patch
-    position        i*: a piece of text or an index; not needed with a slot
+    prompt          T, or several; a slot "{x}" may mark the place to patch. None: T = S, each source's own prompt
+    position        i*: a piece of text or an index; not needed with a slot. None: the text "x", or where T = S the position read (i* = i)
     layer           ℓ*: a layer, a list or range of them, "all", or "same" (ℓ* = ℓ); for other sites than "resid" the index of a block
     map             f, or several
     model           M*; None: the source's model
@@ -50,8 +49,8 @@ class Patchscope:
     second_look     the neutral text behind which sources are read again for their evidence
     """
 
-    prompt: Prompt | Sequence[Prompt]
-    position: Position = PLACEHOLDER
+    prompt: Prompt | Sequence[Prompt] | None
+    position: Position | None = None
     layer: Layers = "same"
     map: Map | Sequence[Map] = Identity()
     model: Model | None = None
@@ -72,15 +71,17 @@ class Patchscope:
         controls: bool = True,
         keep_logits: bool = False,
         *,
+        evidence: bool = True,
         progress: Progress = lambda done, of, what: None,
     ) -> Readings:
         """Every combination of the source's prompts, positions and layers with the scope's prompts, layers, maps and draws.
 
         controls     also run every cell with nothing, a random vector, another source's vector and the layer's mean patched in, and
                      with the source's own words in the placeholder's place; and compute the evidence of each reading
+        evidence     False: only the rows of the controls, without the evidence, which takes some 30 runs of each text
         keep_logits  keep the next-token logits of every row of the table
         """
-        viewing = Viewing(self, source, controls)
+        viewing = Viewing(self, source, controls, evidence)
         outcomes = viewing.read(keep_logits=keep_logits, progress=progress)
         for outcome in outcomes:
             if outcome.error is not None:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from patchscopes.core.edits import Edit
-from patchscopes.core.errors import PositionError, PromptError
+from patchscopes.core.errors import InputError, PositionError, PromptError
 from patchscopes.core.names import SLOT
 from patchscopes.engine.edits import Placed
 from patchscopes.model.model import Model, Prompt
 from patchscopes.model.tokens import Position, Tokens
 
 PLACEHOLDER = "x"
+OWN = "(the source's own prompt)"  # how a target is shown where T = S
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,13 @@ class Target:
         return tokens
 
 
-def resolve_target(model: Model, prompt: Prompt, position: Position, edits: Sequence[Edit] = ()) -> Target:
+def resolve_target(model: Model, prompt: Prompt, position: Position | None, edits: Sequence[Edit] = ()) -> Target:
     """The target prompt with its i*.
 
     A slot "{x}" in the prompt stands for the placeholder and settles the position; else `position` is an index or a piece of text.
-    PositionError if the placeholder is absent or ambiguous.
+    None: "x". PositionError if the placeholder is absent or ambiguous.
     """
+    position = PLACEHOLDER if position is None else position
     if isinstance(prompt, str) and SLOT in prompt:
         if prompt.count(SLOT) > 1:
             raise PositionError(f"the target prompt {prompt!r} has {prompt.count(SLOT)} slots {SLOT}; expected one")
@@ -86,3 +88,15 @@ def resolve_target(model: Model, prompt: Prompt, position: Position, edits: Sequ
     start, stop = tokens.offsets[index]
     start += len(tokens.text[start:stop]) - len(tokens.text[start:stop].lstrip())
     return Target(tokens, index, (start, stop) if stop > start else None, model, edits)
+
+
+def own_target(
+    model: Model, text: str, tokens: Tokens | None, read: int, position: Position | None, edits: Sequence[Edit]
+) -> Target:
+    """T = S: a source's own prompt as the target; i* = i, the position `read`, unless another is given. Nothing stands for the state
+    there, so no words can take its place. InputError for a vector without a prompt."""
+    if tokens is None:
+        raise InputError(
+            f"{text!r} is a vector without a prompt, so it cannot go back into its own; expected sources that are prompts"
+        )
+    return Target(tokens, read if position is None else tokens.position(position), None, model, edits)

@@ -33,7 +33,7 @@ from patchscopes.scopes.cells import Cell, product
 from patchscopes.scopes.controlled import Controls, evidence_of
 from patchscopes.scopes.sight import Sight
 from patchscopes.scopes.source import Place, Source
-from patchscopes.scopes.target import Target, resolve_target
+from patchscopes.scopes.target import OWN, Target, own_target, resolve_target
 
 if TYPE_CHECKING:
     from patchscopes.scopes.patchscope import Patchscope
@@ -67,10 +67,10 @@ class _Said:
 class Viewing:
     """Sources of one model under one scope. Everything that can be wrong with them is said when it is made; nothing has run yet."""
 
-    def __init__(self, scope: Patchscope, source: Source | Sequence[Source], controls: bool = True):
-        self.scope = scope
+    def __init__(self, scope: Patchscope, source: Source | Sequence[Source], controls: bool = True, evidence: bool = True):
+        self.scope, self.evidence = scope, evidence
         self.sources = [source] if isinstance(source, Source) else list(source)
-        self.origin, self.target_model, self.targets = self._check()
+        self.origin, self.target_model = self._check()
         self.site = self.sources[0].site
         self.places: list[Place] = []
         self.prompts: list[int] = []  # of every place the number of its prompt, counted over all sources
@@ -78,6 +78,7 @@ class Viewing:
             own, start = one.places(), self.prompts[-1] + 1 if self.prompts else 0
             self.places += own
             self.prompts += [start + place.prompt for place in own]
+        self.targets = self._targets()
         self.layers = self.sources[0].layers()
         self.pairs = self._layer_pairs()
         self.maps: list[Map] = [scope.map] if callable(scope.map) else list(scope.map)
@@ -88,7 +89,9 @@ class Viewing:
     @cached_property
     def cells(self) -> list[Cell]:
         """Every combination of the sources' prompts, positions and layers with the scope's prompts, layers, maps and draws."""
-        return product(len(self.places), self.pairs, len(self.targets), self.maps, self.scope.draws)
+        everyone = range(len(self.targets))
+        own = [[k] if self.own else everyone for k in range(len(self.places))]
+        return product(own, self.pairs, self.maps, self.scope.draws)
 
     def identity(self, cell: Cell) -> str:
         """The content of a cell: the same wherever it stands in whatever call."""
@@ -101,6 +104,7 @@ class Viewing:
         scope = self.scope
         parts = [self.site, scope.site, scope.write, scope.max_new_tokens, list(scope.stop), scope.temperature, scope.seed]
         parts += [scope.second_look if self.controls else None]
+        parts += [] if self.evidence or not self.controls else ["no evidence"]
         return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
     def kinds(self, cell: Cell) -> list[str]:
@@ -116,7 +120,7 @@ class Viewing:
             "position": place.position,
             "token": place.token,
             "source_layer": cell.source_layer,
-            "target": cell.target,
+            "target": 0 if self.own else cell.target,
             "target_layer": cell.target_layer,
             "map": self.maps[cell.map].name,
             "draw": cell.draw,
@@ -150,7 +154,7 @@ class Viewing:
         said = self._generate(requests, keep_logits, top_k, progress)
         well = list(keys)
         texts = {cell: said[keys[cell][0][1]].tokens for cell in well}
-        evidence = evidence_of(self.controls, well, texts, progress) if self.controls else {}
+        evidence = evidence_of(self.controls, well, texts, progress) if self.controls and self.evidence else {}
         outcomes = []
         for cell in cells:
             if cell in errors:
@@ -238,7 +242,34 @@ class Viewing:
 
     # -------------------------------------------------------------------------------------------------------- making
 
-    def _check(self) -> tuple[Model, Model, list[Target]]:
+    @property
+    def own(self) -> bool:
+        """Whether T = S: then target number k is the prompt of place number k."""
+        return self.scope.prompt is None
+
+    def _targets(self) -> list[Target]:
+        """The target prompts; what is wrong with them and their edits is said now."""
+        scope, model = self.scope, self.target_model
+        if scope.prompt is None:
+            if not self._one_vocabulary:
+                raise InputError(
+                    f"{model.name} has other tokens than {self.origin.name}, so it cannot read the same prompt; give target prompts"
+                )
+            targets = [own_target(model, p.text, p.tokens, p.position, scope.position, scope.edits) for p in self.places]
+        else:
+            prompts = [scope.prompt] if isinstance(scope.prompt, (str, Tokens)) else list(scope.prompt)
+            targets = [resolve_target(model, prompt, scope.position, scope.edits) for prompt in prompts]
+        for target in targets:
+            _ = target.more
+            room = None if model.context is None else model.context - len(target.tokens)
+            if room is not None and scope.max_new_tokens > room:
+                raise PromptError(
+                    f"the target prompt has {len(target.tokens)} tokens and {scope.max_new_tokens} more were asked for, but "
+                    f"{model.name} reads at most {model.context}; give a shorter prompt or max_new_tokens ≤ {room}"
+                )
+        return targets
+
+    def _check(self) -> tuple[Model, Model]:
         scope, sources = self.scope, self.sources
         if not sources:
             raise PromptError("no source was given; expected at least one")
@@ -262,17 +293,6 @@ class Viewing:
         for model, what in ((origin, "reading sources"), (target_model, "patching")):
             for ability in ("hooks_seen", "identity", "rows_independent"):
                 model.capabilities.require(ability, what)
-        prompts = [scope.prompt] if isinstance(scope.prompt, (str, Tokens)) else list(scope.prompt)
-        targets = [resolve_target(target_model, prompt, scope.position, scope.edits) for prompt in prompts]
-        for target in targets:
-            _ = target.more  # what is wrong with the edits is said now
-            longest = len(target.tokens) + scope.max_new_tokens
-            if target_model.context is not None and longest > target_model.context:
-                room = target_model.context - len(target.tokens)
-                raise PromptError(
-                    f"the target prompt has {len(target.tokens)} tokens and {scope.max_new_tokens} more were asked for, but "
-                    f"{target_model.name} reads at most {target_model.context}; give a shorter prompt or max_new_tokens ≤ {room}"
-                )
         for f in [scope.map] if callable(scope.map) else scope.map:
             out = f(torch.zeros(1, origin.d_model, device=target_model.device))
             if out.shape[-1] != target_model.d_model:
@@ -280,7 +300,7 @@ class Viewing:
                     f"the map {f.name!r} makes vectors {out.shape[-1]} wide from {origin.name} ({origin.d_model} wide), but "
                     f"{target_model.name} is {target_model.d_model} wide. Give a map between the two: map=ps.maps.Affine(weight, bias)"
                 )
-        return origin, target_model, targets
+        return origin, target_model
 
     def _layer_pairs(self) -> list[tuple[int, int]]:
         asked, top = self.scope.layer, self.target_model.n_layers - (self.scope.site != "resid")
@@ -310,7 +330,7 @@ class Viewing:
             "source_layers": self.layers,
             "scope": {
                 "name": scope.name,
-                "targets": [{"text": t.tokens.text, "ids": list(t.tokens.ids), "position": t.position} for t in self.targets],
+                "targets": self._described_targets(),
                 "layer": _asked(scope.layer, self.pairs),
                 "map": [f.name for f in self.maps],
                 "max_new_tokens": scope.max_new_tokens,
@@ -324,6 +344,11 @@ class Viewing:
             },
             "controls": self.controls.provenance() if self.controls else None,
         }
+
+    def _described_targets(self) -> list[dict[str, Any]]:
+        if self.own:  # the prompts are known as sources; here is only where they are written
+            return [{"text": OWN, "ids": None, "position": self.scope.position}]
+        return [{"text": t.tokens.text, "ids": list(t.tokens.ids), "position": t.position} for t in self.targets]
 
 
 def _asked(layer: Layers, pairs: list[tuple[int, int]]) -> int | str | list[int]:
