@@ -22,6 +22,7 @@ from patchscopes.cli import (
     config,
     demo,
     doctor,
+    evaluate,
     inspect,
     organism,
     report,
@@ -59,6 +60,7 @@ for command in (
     reproduce.reproduce,
     report.report,
     report.figure,
+    evaluate.evaluate,
 ):
     app.command()(command)
 app.command()(config.schema)
