@@ -18,7 +18,7 @@ from runs_made import make_run, said
 
 import patchscopes as ps
 from patchscopes.cli import app
-from patchscopes.core.errors import InputError, NotAvailableError, UnknownName
+from patchscopes.core.errors import InputError, UnknownName
 from patchscopes.runs import Experiment, open_run
 from patchscopes.runs.compare import export
 from patchscopes.runs.folder import Run, write_piece, write_record, write_table
@@ -208,10 +208,10 @@ def test_a_map_is_that_of_the_readings(tmp_path, readings, monkeypatch):
     assert (mine.values == own.values).all() and (mine.rows, mine.columns, mine.texts) == (own.rows, own.columns, own.texts)
 
 
-def test_what_was_exported_is_no_run_to_report(tmp_path):
-    export(make_run(tmp_path / "run"), tmp_path / "out", ["parquet"])
-    with pytest.raises(NotAvailableError, match=r"plan\.parquet.*give the run folder"):
-        report(open_run(tmp_path / "out"), tmp_path / "x.html")
+def test_what_was_exported_can_be_reported(tmp_path):
+    run = make_run(tmp_path / "run")
+    export(run, tmp_path / "out", ["parquet"])
+    assert opened(open_run(tmp_path / "out")).data["looks"] == opened(run).data["looks"]
 
 
 # -------------------------------------------------------------------------------------------------------- escaping, privacy

@@ -138,7 +138,6 @@ def asked(*args: str) -> Experiment:
             },
         ),
         (["-p", "a", "--device-map", "auto"], {"prompts": "a", "model": {"name": "atlas", "device_map": "auto"}}),
-        (["-p", "a", "--tp-plan", "auto"], {"prompts": "a", "model": {"name": "atlas", "tp_plan": "auto"}}),
     ],
 )
 def test_flags_ask_for_what_a_file_would(args: list[str], keys: dict) -> None:
@@ -245,7 +244,6 @@ def test_of_the_ways_to_say_where_a_model_goes_the_later_wins(home: Path, monkey
     assert asked("-p", "a").model[0].model_dump(exclude_none=True)["device_map"] == "auto"
     monkeypatch.setenv("PATCHSCOPES_DEVICE", "mps")
     assert (asked("-p", "a").model[0].device, asked("-p", "a").model[0].device_map) == ("mps", None)
-    assert asked("-p", "a", "--tp-plan", "auto").model == (ModelSpec(name="atlas", tp_plan="auto"),)
 
 
 def test_relative_paths_are_seen_from_where_they_were_said(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -296,7 +296,6 @@ def test_unknown_keys_are_refused_with_a_suggestion(keys: dict, words: tuple[str
         ({"model": " "}, ("model[0].name", "empty")),
         ({"model": {"name": "x", "dtype": "float12"}}, ("model[0].dtype", "'float12'", "'float16'")),
         ({"model": {"name": "x", "device": "cpu", "device_map": "auto"}}, ("model[0]: device and device_map",)),
-        ({"model": {"name": "x", "tp_plan": "two"}}, ("model[0].tp_plan", "'auto'")),
         ({"map": "scale"}, ("map[0]: unknown map 'scale'", "{ scale = … }")),
         ({"map": 2.0}, ("map[0]", "the number 2.0")),
         ({"map": {"scale": float("inf")}}, ("map[0].scale", "finite")),

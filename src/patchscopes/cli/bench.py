@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from patchscopes.bench.report import Figure
 
 # as in patchscopes.bench, which would import torch
-PARTS = ("grid", "stops", "prefix", "reads", "memory", "decoding")
+PARTS = ("grid", "stops", "prefix", "reads", "memory", "decoding", "runs")
 CONTESTANTS = (
     "ours",
     "one_at_a_time",

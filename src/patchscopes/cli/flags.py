@@ -82,7 +82,6 @@ FLAGS = (
     _flag("device", str),
     _flag("device_map", str),
     _flag("attention", str),
-    _flag("tp_plan", str),
     _flag("trust_remote_code", bool, "--trust-remote-code"),
 )
 

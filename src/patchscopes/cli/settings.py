@@ -23,8 +23,8 @@ from patchscopes.cli.flags import FLAGS, MAPS, Flag, of_text
 from patchscopes.core.errors import InputError
 
 PREFIX = "PATCHSCOPES_"
-LOADING = ("dtype", "device", "device_map", "attention", "tp_plan", "trust_remote_code")  # of models
-PLACES = ("device", "device_map", "tp_plan")  # one of them says where a model goes
+LOADING = ("dtype", "device", "device_map", "attention", "trust_remote_code")  # of models
+PLACES = ("device", "device_map")  # one of them says where a model goes
 IN_PROMPTS = ("column", "at_column", "labels", "split", "limit", "sample", "chat", "tensor")
 IN_SCOPES = {"target_layer": "layer"} | {key: key for key in ("map", "tokens", "stop", "temperature", "draws")}
 

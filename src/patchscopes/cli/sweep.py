@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,17 +11,27 @@ import typer
 from patchscopes.cli.live import watching
 from patchscopes.cli.spec_options import experiment_from, with_experiment_options
 from patchscopes.cli.terminal import amount, data, duration, print_json, say
-from patchscopes.core.errors import UnknownName, nearest
+from patchscopes.core.errors import InputError, UnknownName, nearest
 
 if TYPE_CHECKING:
     from patchscopes.runs import Executor, Run, Stop
     from patchscopes.runs.estimate import Estimate
 
 CHANGES = ("refuse", "mark", "new")
+DETACHED = ("slurm", "command")  # executors for which nobody waits
+UNITS = {"m": 1, "h": 60, "d": 24 * 60}
 
 RunsFolder = Annotated[Path, typer.Option("--runs", help="Where run folders are.")]
 WhichRun = Annotated[str, typer.Argument(metavar="RUN", help="A run: its folder, its id or the beginning of that, or its name.")]
 ExecutorName = Annotated[str, typer.Option("--executor", help="Who works: here, local (processes of this machine) or ray.")]
+Planner = Annotated[
+    str,
+    typer.Option(
+        "--executor",
+        help="Who works: here, local (processes of this machine), ray; slurm: plan, submit jobs and return; command: plan, and print what "
+        "starts each part.",
+    ),
+]
 Workers = Annotated[int | None, typer.Option(min=1, help="How many. Default: one a GPU, else one.", show_default=False)]
 Gpus = Annotated[
     float | None, typer.Option(help="With ray: GPUs that a worker takes; several for a model on several.", show_default=False)
@@ -52,11 +63,18 @@ def sweep(
     ] = None,
     runs: RunsFolder = Path("runs"),
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The run's own folder.", show_default=False)] = None,
-    executor: ExecutorName = "here",
+    executor: Planner = "here",
     workers: Workers = None,
     gpus: Gpus = None,
     address: Address = None,
-    new: Annotated[bool, typer.Option("--new", help="A new run, though the same was asked before.")] = False,
+    array: Annotated[int, typer.Option(min=1, help="With slurm or command: parts, each a job.")] = 8,
+    limit_time: Annotated[
+        str, typer.Option("--time", help="With slurm: of a job, such as 90m, 4h, 2d; it asks for another turn when it is up.")
+    ] = "1h",
+    partition: Annotated[str | None, typer.Option(help="With slurm: where the jobs go.", show_default=False)] = None,
+    new: Annotated[
+        bool, typer.Option("--new", help="A new run, though the same was asked before; nothing is taken over.")
+    ] = False,
     on_change: OnChange = "refuse",
     quiet: Quiet = False,
     json: JsonLines = False,
@@ -81,18 +99,23 @@ def sweep(
     from patchscopes.runs.recording import sweep as record
 
     stop = Stop()
+    detached = executor in DETACHED
     with watching(json=json, quiet=quiet) as listener:
         run = record(
             experiment,
             runs=runs,
             folder=out,
-            executor=_executor(executor, workers, flags.get("device"), gpus, address),
+            executor=_planning(flags.get("device"), gpus) if detached else _executor(executor, workers, None, gpus, address),
+            work=not detached,
             new=new,
             on_change=on_change,  # type: ignore[arg-type]  # checked above
             listeners=[listener],
             stop=stop,
         )
-    _end(run, stop, json=json, quiet=quiet)
+    if detached:
+        _hand_out(run, executor, array, minutes(limit_time), gpus, partition)
+    else:
+        _end(run, stop, json=json, quiet=quiet)
 
 
 def resume(
@@ -169,6 +192,39 @@ def _executor(name: str, workers: int | None, device: str | None, gpus: float | 
     from patchscopes.runs.executors import executor_from
 
     return executor_from(name, workers=workers, device=device, gpus=gpus, address=address)
+
+
+def minutes(text: str) -> int:
+    """ "90m", "4h", "2d" as minutes. InputError otherwise."""
+    match = re.fullmatch(r"(\d+)([mhd])", text.strip())
+    if match is None or int(match[1]) == 0:
+        raise InputError(f"--time is {text!r}; expected minutes, hours or days, such as 90m, 4h, 2d")
+    return int(match[1]) * UNITS[match[2]]
+
+
+def _planning(device: str | None, gpus: float | None) -> Executor:
+    """Plans for workers that are started elsewhere, with the kind of device that they will have."""
+    from patchscopes.runs.processes import Processes
+
+    return Processes(1, devices=[device or ("cuda" if gpus else "cpu")])
+
+
+def _hand_out(run: Run, executor: str, parts: int, time: int, gpus: float | None, partition: str | None) -> None:
+    """Submit the parts of a planned run, or print what starts each."""
+    if run.counts["waiting"] == 0:
+        say("nothing is left to do")
+        return
+    if executor == "command":
+        from patchscopes.runs.parts import commands
+
+        for line in commands(run.path, parts):
+            print(line)
+        return
+    from patchscopes.runs.on_slurm import submit
+
+    for job in submit(run.path, parts, gpus=int(gpus or 0), time=time, partition=partition):
+        print(job)
+    say(f"submitted; patchscopes show {run.id} tells how far they are, patchscopes resume {run.id} does what they leave")
 
 
 def _end(run: Run, stop: Stop, *, json: bool, quiet: bool) -> None:

@@ -7,7 +7,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -24,37 +23,46 @@ from patchscopes.runs.tasks import Done, Job, Task
 LIVE, KEPT = 0.5, 10.0  # seconds between progress events: for those who watch, and in the file
 
 
-def drive(run: Run, tasks: Sequence[Task], executor: Executor, log: EventLog, stop: Stop) -> Run:
-    """Have `tasks` done; the run as it is then. Errors of disk and memory are raised after the record says that it was stopped."""
-    driving = _Driving(run, tasks, log, stop)
-    driving.set_status("running")
+def drive(run: Run, tasks: Sequence[Task], executor: Executor, log: EventLog, stop: Stop, *, alone: bool = True) -> Run:
+    """Have `tasks` done; the run as it is then. Errors of disk and memory are raised after the record says that it was stopped.
+    alone: nobody else works on the run; else run.json is left as it is (see `parts`)."""
+    driving = _Driving(run, tasks, log, stop, alone)
+    driving.record["status"] = "running"
+    driving.write()
     log.tell("started", run=run.id, shards=len(tasks), cells=driving.todo, workers=executor.workers, executor=executor.name)
     ending = "stopped"
     try:
-        with _signals(stop):
+        with _signals(stop, alone):
             if tasks:
                 executor.run(Job(run.spec, str(run.path)), tasks, driving.hear, stop)
         ending = "done"
     finally:
-        found = run.refresh()
-        counts = found.counts
-        if counts["waiting"]:
-            ending = "stopped"
-        elif ending == "done" and counts["failed"]:
-            ending = "partial"
         with contextlib.suppress(OSError, ResourceError):  # a full disk: the record then says "running", which reads as stopped
-            if ending != "stopped":
-                compact(found)
-            driving.set_status(ending, counts)
+            found = run.refresh()
+            counts = found.counts
+            if alone:
+                ending = close(found)
+            elif stop.asked:
+                ending = "stopped"
             log.tell(ending if ending == "stopped" else "done", run=run.id, status=ending, counts=counts)
     return run.refresh()
+
+
+def close(run: Run) -> str:
+    """Write into the record how the work went; its status."""
+    counts = run.counts
+    status = "stopped" if counts["waiting"] else "partial" if counts["failed"] else "done"
+    if not counts["waiting"]:
+        compact(run)
+    write_record(run.path, {**run.record, "status": status, "counts": counts})
+    return status
 
 
 class _Driving:
     """What is known of the work under way."""
 
-    def __init__(self, run: Run, tasks: Sequence[Task], log: EventLog, stop: Stop):
-        self.run, self.log, self.stop = run, log, stop
+    def __init__(self, run: Run, tasks: Sequence[Task], log: EventLog, stop: Stop, alone: bool):
+        self.run, self.log, self.stop, self.alone = run, log, stop, alone
         self.stopping = False
         self.record: dict[str, Any] = run.record
         per_shard = run.plan.group_by("shard", "look").agg(pl.col("cost").sum(), pl.len(), pl.col("cell"))
@@ -68,17 +76,16 @@ class _Driving:
             {task.shard: task.look for task in tasks},
         )
         counts = run.counts
-        self.before = counts["ok"] + counts["failed"] + counts["skipped"]
+        self.before = counts["ok"] + counts["failed"] + counts["skipped"] if alone else 0
+        self.cells = run.cells if alone else self.todo
         self.done = self.failed = 0
         self.told: float = time.monotonic()
         self.kept: float = self.told
 
-    def set_status(self, status: str, counts: Any = None) -> None:
-        """Into run.json."""
-        self.record["status"] = status
-        if counts is not None:
-            self.record["counts"] = counts
-        write_record(self.run.path, self.record)
+    def write(self) -> None:
+        """The record, if it is this process that writes it."""
+        if self.alone:
+            write_record(self.run.path, self.record)
 
     def hear(self, message: Message) -> None:
         """What a worker says."""
@@ -109,14 +116,14 @@ class _Driving:
                 f"the worker {worker} computes under other conditions than this run: {'; '.join(changed)}. Give workers the same versions, "
                 "and say device and dtype in the experiment where machines differ"
             )
-        entry.setdefault("models", about["models"])
-        machines = entry.setdefault("machines", [])
-        if about["machine"] not in machines:
-            machines.append(about["machine"])
-        write_record(self.run.path, self.record)
+        add_about(entry, about)
+        self.write()
         self.pace.start()
         device = next(iter(about["models"].values()))["device"]
-        self.log.tell("worker", worker=worker, state="ready", device=device, machine=about["machine"]["host"])
+        told: dict[str, Any] = {"worker": worker, "state": "ready", "device": device, "machine": about["machine"]["host"]}
+        if not self.alone:  # for the record, later
+            told["about"] = {"models": about["models"], "machine": about["machine"]}
+        self.log.tell("worker", **told)
 
     def _record(self, worker: str, finished: Done) -> None:
         task = finished.task
@@ -124,7 +131,9 @@ class _Driving:
             raise RefusedError(
                 f"the worker {worker} computed {len(strange)} cells that are not of shard {task.shard}: its models or files are others"
             )
-        put_done(self.run.path, finished)
+        if finished.tensors is not None:  # first: rows say that all is there
+            put_piece(self.run.path, task.shard, task.attempt, finished.tensors, tensors=True)
+        put_piece(self.run.path, task.shard, task.attempt, finished.rows)
         self.done += len(finished.ids)
         self.failed += len(finished.failed)
         self.pace.finished(task.shard, finished.seconds)
@@ -168,7 +177,7 @@ class _Driving:
             "progress",
             kept=kept,
             done=self.before + self.done,
-            cells=self.run.cells,
+            cells=self.cells,
             share=round(self.pace.share, 4),
             failed=self.failed,
             rate=round(self.done / passed, 1),
@@ -177,16 +186,17 @@ class _Driving:
         )
 
 
-def put_done(folder: Path, done: Done) -> None:
-    """Add what came of a task to a run folder."""
-    if done.tensors is not None:  # first: rows say that all is there
-        put_piece(folder, done.task.shard, done.task.attempt, done.tensors, tensors=True)
-    put_piece(folder, done.task.shard, done.task.attempt, done.rows)
+def add_about(entry: dict[str, Any], about: dict[str, Any]) -> None:
+    """Into an entry of the provenance: models, and another machine."""
+    entry.setdefault("models", about["models"])
+    if about["machine"] not in entry.setdefault("machines", []):
+        entry["machines"].append(about["machine"])
 
 
 @contextlib.contextmanager
-def _signals(stop: Stop) -> Iterator[None]:
-    """Inside, Ctrl-C and SIGTERM end the work: once after the shards under way, twice at once. Only the main thread hears signals."""
+def _signals(stop: Stop, alone: bool) -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM end the work: once after the shards under way, twice at once; for schedulers' sake SIGUSR1 too, which
+    they send some time before. Only the main thread hears signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -196,7 +206,10 @@ def _signals(stop: Stop) -> Iterator[None]:
         if stop.now:
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if not alone and hasattr(signal, "SIGUSR1"):
+        numbers.append(signal.SIGUSR1)
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     except KeyboardInterrupt:

@@ -310,8 +310,8 @@ def run_folders(root: Path) -> list[Path]:
     """The run folders below `root`, the latest first."""
     if not root.is_dir():
         return []
-    found = [path.parent for path in root.glob("*/run.json")]
-    return sorted(found, key=lambda path: path.name, reverse=True)
+    found = [path.parent for path in root.glob("*/run.json") if (path.parent / "plan.parquet").exists()]
+    return sorted(found, key=lambda path: (path.name[:10], (path / "plan.parquet").stat().st_mtime_ns), reverse=True)
 
 
 def find_run(which: str | Path, root: Path = Path("runs")) -> Path:

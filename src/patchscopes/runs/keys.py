@@ -38,7 +38,6 @@ KEYS = {
     "device": "cpu, cuda, cuda:1, mps. Absent: a GPU if there is one.",
     "device_map": "How transformers spreads the model over devices: auto, or a table. Not together with device.",
     "attention": "How transformers computes attention: eager, sdpa, flash_attention_2, …",
-    "tp_plan": "auto: transformers' tensor parallelism.",
     "trust_remote_code": "Run code that comes with the model.",
     "file": "CSV, TSV, JSONL (NDJSON) or Parquet, told by its suffix; or a folder that Hugging Face datasets saved to disk.",
     "column": "The column that holds the prompts.",

@@ -62,14 +62,16 @@ def sweep(
     on_change: OnChange = "refuse",
     listeners: Sequence[Listener] = (),
     stop: Stop | None = None,
+    work: bool = True,
 ) -> Run:
     """Record an experiment as a run. The same experiment again: what was finished is there at once, the rest is gone on with.
 
     runs       where run folders are; `folder`: this very one
     models     loaded models, by what the experiment calls them, instead of its own; only for work in this process
     executor   who works: `Here()` (default), `Processes(…)`, `OnRay(…)`
-    new        a new run, whatever is there
+    new        a new run, whatever is there, that takes nothing over
     listeners  hear every event (see `events`)
+    work       False: plan only, for parts that others do (see `parts`); `executor` says on what kind of device
 
     Ctrl-C once ends it after the shards under way, twice at once; the run can be resumed. InputError, NotAvailableError, RefusedError
     before anything is made; ResourceError if disk or memory do not do, what was finished being safe.
@@ -81,6 +83,8 @@ def sweep(
         if same.status in ("done", "partial"):
             for listener in listeners:
                 listener({"seq": 0, "time": "", "kind": "cached", "run": same.id, "cells": same.cells, "folder": str(same.path)})
+            return same
+        if not work:
             return same
         return resume(same.path, executor=executor, on_change=on_change, listeners=listeners, stop=stop)
     asked = resolved(experiment)
@@ -111,8 +115,10 @@ def sweep(
         write_table(path / "prompts.parquet", _prompts(seen))
         write_record(path, record)
         with contextlib.closing(EventLog(path / "events.jsonl", tuple(listeners))) as log:
-            cached = _bring(path, Path(runs), table, found, log)
+            cached = 0 if new else _bring(path, Path(runs), table, found, log)
             log.tell("planned", run=record["id"], folder=str(path), cells=len(table), shards=record["shards"], cached=cached)
+            if not work:
+                return Run(path)
             here = Here(worker=worker) if worker is not None else executor
             return _go_on(path, here, log, stop or Stop())
 

@@ -56,12 +56,11 @@ class ModelSpec(Table):
     device: str | None = described("device")
     device_map: str | dict[str, int | str] | None = described("device_map")
     attention: str | None = described("attention")
-    tp_plan: Literal["auto"] | None = described("tp_plan")
     trust_remote_code: bool = described("trust_remote_code", False)
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
-        placed = [key for key in ("device", "device_map", "tp_plan") if getattr(self, key) is not None]
+        placed = [key for key in ("device", "device_map") if getattr(self, key) is not None]
         if len(placed) > 1:
             raise InputError(f"{' and '.join(placed)} both say where the model goes; expected one of them")
         return self

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from patchscopes.controls.evidence import SIGNIFICANT
-from patchscopes.core.errors import NotAvailableError
 
 if TYPE_CHECKING:
     from patchscopes.runs.folder import Run
@@ -26,11 +25,9 @@ PLACE = ("prompt", "position", "source_layer", "target", "target_layer", "map", 
 
 def planned_rows(run: Run, *, controls: bool = False) -> pl.DataFrame:
     """Every planned reading (or every planned control), with what became of it: `status` is "waiting" where nothing is finished yet.
-    `look` is the number of its view, a part, model and scope. NotAvailableError for what `export` wrote, which has no plan."""
+    `look` is the number of its view, a part, model and scope."""
     from patchscopes.runs.schema import RESULTS
 
-    if not run.is_old and not (run.path / "plan.parquet").exists():
-        raise NotAvailableError(f"{str(run.path)!r} has no plan.parquet, as what was exported; give the run folder it came from")
     kind = pl.col("control") != "none" if controls else pl.col("control") == "none"
     found = run.scan().filter(kind).select("cell", *RESULTS).collect()
     looks = pl.DataFrame([{name: look[name] for name in LOOK} for look in run.record["looks"]]).with_row_index("look")
