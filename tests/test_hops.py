@@ -1,0 +1,220 @@
+"""Questions of two hops: their readers, filters and classification; back-patching and self-correction scored on tables worked by hand."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from patchscopes.core.errors import InputError, NotAvailableError
+from patchscopes.evaluate import back_patching
+from patchscopes.evaluate.frame import Asked
+from patchscopes.evaluate.hops import COLUMNS, Question, bare, classify, filtered, funnel, questions_of, right
+from patchscopes.organisms.atlas.facts import world
+
+NEPAL = Question("Mount Everest", ("Nepal",), ("Kathmandu", "Katmandu"), "the country of {}", "The capital of {}")
+PERU = Question("Machu Picchu", ("Peru",), ("Lima",), "the country of {}", "The capital of {}")
+
+
+# ------------------------------------------------------------------------------------------------------------------------- questions
+
+
+def test_what_is_asked() -> None:
+    assert NEPAL.text == "The capital of the country of Mount Everest is"
+    assert (NEPAL.phrase, NEPAL.second) == ("the country of Mount Everest", "The capital of")
+    assert NEPAL.prompts == {
+        "first_hop": "The country of Mount Everest is",
+        "second_hop": "The capital of Nepal is",
+        "composition": NEPAL.text,
+        "entity_shortcut": "The capital of Mount Everest is",
+        "relation_shortcut": "The capital of the country is",
+    }
+    assert (NEPAL.answers("first_hop"), NEPAL.answers("composition")) == (("Nepal",), ("Kathmandu", "Katmandu"))
+    assert Question("a", ("b",), ("c",), "the spouse of {}", "{} has a father named").second is None
+    assert not NEPAL.gives_away and Question("Lima's wall", ("Peru",), ("Lima",), "{}", "{}").gives_away
+
+
+def test_a_relation_without_its_entity_is_well_formed() -> None:
+    given = (
+        "the country of {}",
+        "the company that produced {}",
+        "the work that features {}",
+        "the chief executive officer of {}",
+    )
+    assert [bare(one) for one in given] == ["the country", "the company", "the work", "the chief executive officer"]
+
+
+def test_those_of_atlas_are_all_that_training_held_out() -> None:
+    found = questions_of(None)
+    assert len(found.items) == sum(hop.held_out for hop in world().two_hops) > 2000
+    assert found.stop == (".",) and not found.notes
+
+
+def row(**other: str) -> dict[str, str]:
+    whole = dict.fromkeys(COLUMNS, "")
+    whole |= {
+        "e1_label": "Inception",
+        "e2_label": "Nolan",
+        "e3_label": "Emma",
+        "e2_aliases": "['C. Nolan', 'N']",
+        "e3_aliases": "[]",
+    }
+    return {**whole, "r1_template": "the director of {}", "r2_template": "the spouse of {}", **other}
+
+
+def write(path: Path, rows: list[dict[str, str]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(itertools.chain(*rows))), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_the_public_csv_is_read_and_corrupt_rows_are_counted(tmp_path: Path) -> None:
+    good = row(source_prompt="the spouse of the director of Inception is")
+    rows = [good, good, row(e3_label=""), row(e2_aliases="['a"), row(e3_aliases="3"), row(r1_template="the director")]
+    rows += [row(source_prompt="the spouse of Inception is"), row(e3_aliases="[" * 500)]
+    found = questions_of(write(tmp_path / "two_hop.csv", rows))
+    assert found.items == (Question("Inception", ("Nolan", "C. Nolan"), ("Emma",), "the director of {}", "the spouse of {}"),)
+    assert found.items[0].prompts["first_hop"] == "the director of Inception is"
+    told = " ".join(found.notes)
+    for what in (
+        "1 of 8 rows",
+        "a cell is missing",
+        "3 of 8 rows",
+        "aliases are no list",
+        "not exactly one {}",
+        "not that of its templates",
+    ):
+        assert what in told, what
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(NotAvailableError, match="no file"):
+        questions_of(tmp_path / "none.csv")
+    with pytest.raises(InputError, match="no column e2_aliases"):
+        questions_of(write(tmp_path / "a.csv", [{k: v for k, v in row().items() if k != "e2_aliases"}]))
+    with pytest.raises(InputError, match="no row that can be used"):
+        questions_of(write(tmp_path / "b.csv", [row(e1_label="")]))
+    (tmp_path / "c.csv").write_bytes(b"\xff\xfe\x00e1")
+    with pytest.raises(InputError):
+        questions_of(tmp_path / "c.csv")
+
+
+# --------------------------------------------------------------------------------------------------------------------------- scoring
+
+
+def test_right_by_the_papers_test_and_by_words() -> None:
+    assert right(" LIMAnea", ("Lima",)) and not right(" LIMAnea", ("Lima",), "words")
+    assert right("it is Lima.", ("Lima",), "words") and not right("", ("Lima",)) and not right(None, ("Lima",))
+    assert not right("a", ("a",))  # of one letter
+
+
+def test_filters_on_planted_answers() -> None:
+    texts = {
+        NEPAL.prompts[what]: text
+        for what, text in zip(NEPAL.prompts, (" Nepal", " Kathmandu", " Lima", " Himalaya", " Oslo"), strict=True)
+    }
+    texts |= {PERU.prompts["first_hop"]: " Peru", PERU.prompts["second_hop"]: " Lima", PERU.text: " Lima"}
+    texts |= {PERU.prompts["entity_shortcut"]: " Lima"}
+    unknown = Question("Atlantis", ("Greece",), ("Athens",), "the country of {}", "The capital of {}")
+    outcomes = filtered([NEPAL, PERU, unknown], texts, "words")
+    assert [(one.knows, one.shortcut, one.studied, one.passed["composition"]) for one in outcomes] == [
+        (True, False, True, False),
+        (True, True, False, True),
+        (False, False, False, None),
+    ]
+    counts = [n for _, n in funnel(outcomes)]
+    assert counts == [3, 2, 2, 1, 1, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "which"),
+    [
+        (": Mount Everest is a mountain", "e1"),
+        (": Nepal is a country", "e2"),
+        ("x: nepal, a country", "e2"),
+        (": a city: Katmandu", "e3"),
+        (": Kathmandu.", "e3"),
+        (" Nepal: Kathmandu is its capital", "e2"),
+        ("Nepal is a country", "other"),
+        (": Nepalese cook", "other"),
+        ("", "other"),
+    ],
+)
+def test_descriptions_are_classified(text: str, which: str) -> None:
+    assert classify(text, NEPAL) == which
+
+
+def patched(said: dict[tuple[str, int, int], str], kind: str, where: str = "last") -> list[dict]:
+    return [
+        {
+            "part": where,
+            "prompt_text": question.text,
+            "control": kind,
+            "source_layer": a,
+            "target_layer": b,
+            "text": said.get((question.e1, a, b), ""),
+        }
+        for question in (NEPAL, PERU)
+        for a, b in itertools.product((1, 2, 3), repeat=2)
+    ]
+
+
+def test_back_patching_is_scored_by_hand() -> None:
+    own = {("Mount Everest", 3, 1): " Kathmandu", ("Mount Everest", 2, 1): "Katmandu", ("Machu Picchu", 1, 2): " Lima"}
+    table = pl.DataFrame(
+        patched(own, "none")
+        + patched({("Machu Picchu", 3, 2): "in Lima"}, "other")
+        + patched({}, "random")
+        + patched(own, "none", "bridge")
+    )
+    hits = back_patching.hits_of(table, (NEPAL, PERU), "last", "paper")
+    assert hits.pairs == tuple(itertools.product((1, 2, 3), repeat=2))
+    assert hits.back.sum() == hits.forward.sum() == 3
+    assert hits.hits["none"].sum() == 3 and hits.hits["random"].sum() == 0
+    scores = back_patching.figures(hits, ["Nepal", "Peru"])
+    assert scores["n_tries"] == 3
+    assert scores["any_of_N none"].value == 0.5 and scores["per_try none"].value == pytest.approx(2 / 6)
+    assert (
+        scores["any_of_N other"].value == 0.5 and scores["any_of_N random"].value == 0 and scores["any_of_N forward"].value == 0.5
+    )
+    assert scores["p"] == 1.0  # one question each way
+    assert "does no better than another's" in back_patching.claim("last", scores)
+
+
+@pytest.mark.parametrize(
+    ("better", "said"), [("none", "does better than another's"), ("other", "Another question's state does better")]
+)
+def test_the_direction_is_stated_either_way(better: str, said: str) -> None:
+    n = 12
+    hits = {kind: np.zeros((n, 2), bool) for kind in ("none", "other", "random")}
+    hits[better][:, 1] = True
+    scores = back_patching.figures(back_patching.Hits(((1, 2), (2, 1)), hits), [f"c{k}" for k in range(n)])
+    assert scores["p"] == pytest.approx(2 / 2**n)
+    assert said in back_patching.claim("bridge", scores)
+    assert scores["pair"] == (2, 1) and scores[f"held_out {better}"].value == 1
+
+
+# --------------------------------------------------------------------------------------------------------------------------- whole
+
+
+def test_back_patching_on_atlas_is_recorded_and_instant_again(tmp_path: Path) -> None:
+    asked = Asked(n=90, quick=True, runs=tmp_path)
+    settings = back_patching.Settings(positions=("last",), most=3, tokens=4)
+    result = back_patching.evaluate(asked, settings)
+    assert len(result.runs) == 2 and result.scores["questions"] == 3
+    assert result.runs[1].cells == 3 * 64 * 5
+    assert {"any_of_N none", "any_of_N other", "any_of_N random", "any_of_N forward"} <= set(result.scores["places"]["last"])
+    assert "most = 3 instead of None" in result.deviations
+    json.dumps(result.to_json())
+    again = back_patching.evaluate(asked, settings)
+    assert [run.id for run in again.runs] == [run.id for run in result.runs]
+    assert [one.name for one in back_patching.plan(asked, settings)] == ["two-hop-asked", "back-patching"]
+    with pytest.raises(InputError, match="unknown position"):
+        back_patching.evaluate(asked, back_patching.Settings(positions=("middle",)))
