@@ -15,7 +15,8 @@ def test_rate_by_hand() -> None:
     one = statistics.rate([1, 0, 1, 1], ["a", "a", "b", "c"])
     assert (one.value, one.n, one.clusters) == (0.75, 4, 3)
     assert 0 <= one.low <= one.value <= one.high <= 1
-    assert statistics.rate([1, 1, 1], ["a", "b", "c"]) == Estimate(1.0, 1.0, 1.0, 3, 3)
+    assert statistics.rate([1, 1, 1], ["a", "b", "c"]) == Estimate(1.0, pytest.approx(0.025 ** (1 / 3)), 1.0, 3, 3)
+    assert statistics.rate([0, 0], ["a", "b"]).high == pytest.approx(1 - 0.025**0.5)
     assert math.isnan(statistics.rate([], []).value)
 
 

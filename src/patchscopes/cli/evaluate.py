@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from patchscopes.evaluate.frame import Asked, Result
 
 # name: (module, what it asks). A module has TITLE, PAPER, Settings, plan and evaluate (see `evaluate.frame`).
-EXPERIMENTS: dict[str, tuple[str, str]] = {}
+EXPERIMENTS = {
+    "next-token": ("patchscopes.evaluate.next_token", "is the next token readable, layer by layer?"),
+    "attribute": ("patchscopes.evaluate.attribute", "can attributes of an entity be extracted, beside a probe?"),
+    "entity": ("patchscopes.evaluate.entity", "do descriptions of an entity state true facts?"),
+    "back-patching": ("patchscopes.evaluate.back_patching", "do late states, written back earlier, correct questions of two hops?"),
+}
 
 
 def evaluate(

@@ -47,7 +47,8 @@ def mean_of_rates(
     values: Sequence[float] | np.ndarray, groups: Sequence[Hashable], clusters: Sequence[Hashable], *, seed: int = 0
 ) -> Estimate:
     """The mean over groups (relations, say) of the mean of values in each. A cluster is resampled as a whole, in whatever groups it
-    has rows; a group that is empty in a resample is left out of it."""
+    has rows; a group that is empty in a resample is left out of it. Where all values are 0 or all 1 the bound is that of Clopper and
+    Pearson for as many clusters."""
     values = np.asarray(values, float)
     if len(values) == 0:
         return Estimate(math.nan, math.nan, math.nan, 0, 0)
@@ -64,6 +65,12 @@ def mean_of_rates(
             means.append(np.nanmean((weights @ total) / (weights @ count), axis=1))
         value = float(np.mean(total.sum(0) / count.sum(0)))
     low, high = np.percentile(np.concatenate(means), [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
+    if low == high == value and value in (
+        0.0,
+        1.0,
+    ):  # every resample is the same, which proves nothing: the exact bound on n clusters
+        bound = (0.5 - LEVEL / 2) ** (1 / n)
+        low, high = (bound, 1.0) if value else (0.0, 1 - bound)
     return Estimate(value, float(low), float(high), len(values), n)
 
 
