@@ -204,6 +204,27 @@ def test_cells_of_earlier_runs_are_taken_over(tmp_path):
     assert_same(wide.table(), clean.table())
 
 
+def test_only_whole_readings_are_taken_over(tmp_path, monkeypatch):
+    """A reading that failed left its controls behind: they are made again with it, and no row is there twice."""
+    from patchscopes.engine import generate
+
+    real = generate._Work._walk
+
+    def walk(self, some, *, caching):
+        if any(self.rows[k].site.index == 4 and self.rows[k].value is not None for k in some):
+            raise torch.OutOfMemoryError("out of memory (injected)")
+        return real(self, some, caching=caching)
+
+    experiment = {**EXPERIMENT, "scope": "describe", "layers": [2, 4]}
+    with monkeypatch.context() as injected:
+        injected.setattr(generate._Work, "_walk", walk)
+        first = sweep(experiment, runs=tmp_path)
+    assert first.status == "partial" and first.counts["skipped"] == 15
+    wide = sweep({**experiment, "layers": [2, 4, 6]}, runs=tmp_path)
+    assert wide.counts == {"ok": 54, "failed": 0, "skipped": 0, "waiting": 0} and len(wide.table()) == 54
+    assert events_of(wide, "planned")[0]["cached"] == 18
+
+
 def test_changed_versions_are_not_mixed_silently(tmp_path, monkeypatch):
     stop = Stop()
     experiment = {**EXPERIMENT, "layers": [0, 4], "controls": False}

@@ -88,6 +88,7 @@ def sweep(
     The same again is instant; a run that was stopped goes on.
     """
     _require(on_change, CHANGES, "--on-change")
+    devices = flags.pop("device") if executor == "local" else None  # of its processes, not of the experiment
     experiment = experiment_from(file, **flags)
     if dry_run:
         from patchscopes.runs.estimate import estimate
@@ -105,7 +106,7 @@ def sweep(
             experiment,
             runs=runs,
             folder=out,
-            executor=_planning(flags.get("device"), gpus) if detached else _executor(executor, workers, None, gpus, address),
+            executor=_planning(flags.get("device"), gpus) if detached else _executor(executor, workers, devices, gpus, address),
             work=not detached,
             new=new,
             on_change=on_change,  # type: ignore[arg-type]  # checked above

@@ -54,11 +54,15 @@ def route_of(engine: Engine) -> Route:
         ids = ids.to(engine.device)
         states = engine.read(ids, range(engine.n_layers + 1)).h
         layers = sorted({0, engine.n_layers // 2, engine.n_layers - 1})
-        rows = [Row(Site("resid", layer), length - 2, states[layer][..., 0, 1, :].clone()) for layer in layers]
-        truth = _by_route(engine, ids, rows, _first_logit, "hooks")
-        scale = max(float(g.float().abs().max()) for g in truth.values) or 1.0
-        allowed = tolerance(truth.values[0].dtype, engine.device) * scale
-        engine.gradient_route = next(route for route in ROUTES if _agrees(engine, ids, rows, route, truth, allowed))
+        tries = []  # a continuation that is shorter than its prefix, and one that is longer: attention may be computed in another way
+        for position in sorted({length - 2, min(2, length - 2)}):
+            rows = [Row(Site("resid", layer), position, states[layer][..., 0, 1, :].clone()) for layer in layers]
+            tries.append((rows, _by_route(engine, ids, rows, _first_logit, "hooks")))
+        scale = max(float(g.float().abs().max()) for _, truth in tries for g in truth.values) or 1.0
+        allowed = tolerance(tries[0][1].values[0].dtype, engine.device) * scale
+        engine.gradient_route = next(
+            route for route in ROUTES if all(_agrees(engine, ids, rows, route, truth, allowed) for rows, truth in tries)
+        )
     return engine.gradient_route
 
 

@@ -294,7 +294,8 @@ def _bring(path: Path, runs: Path, table: pl.DataFrame, found: Conditions, log: 
     those of other runs lie in their folders."""
     from patchscopes.runs.schema import COORDINATES, RESULTS
 
-    wanted = table.select("cell")
+    wanted = table.select("cell", "look", "index")
+    sizes = wanted.group_by("look", "index").len("size")
     brought = 0
     for other in run_folders(runs) if not tensors else ():
         if other == path or not len(wanted):
@@ -303,15 +304,14 @@ def _bring(path: Path, runs: Path, table: pl.DataFrame, found: Conditions, log: 
         numbers = [k for k, entry in enumerate(run.provenance) if not differences(entry.get("conditions", {}), found)]
         if not numbers:
             continue
-        rows = (
-            run.scan()
-            .filter(pl.col("provenance").is_in(numbers) & (pl.col("status") != "failed"))
-            .select("cell", *RESULTS)
-            .join(wanted.lazy(), on="cell", how="semi")
-            .collect()
-        )
+        rows = run.scan().filter(pl.col("provenance").is_in(numbers)).select("cell", *RESULTS)
+        rows = rows.join(wanted.lazy(), on="cell").collect()
+        # whole readings only: what is left of one would be made with all of its controls
+        whole = rows.group_by("look", "index").agg(pl.len().alias("there"), (pl.col("status") == "failed").any().alias("failed"))
+        whole = whole.join(sizes, on=["look", "index"]).filter((pl.col("there") == pl.col("size")) & ~pl.col("failed"))
+        rows = rows.join(whole, on=["look", "index"], how="semi")
         if len(rows):
-            rows = rows.with_columns(attempt=pl.lit(0, pl.Int32), provenance=pl.lit(0, pl.Int32))
+            rows = rows.drop("look", "index").with_columns(attempt=pl.lit(0, pl.Int32), provenance=pl.lit(0, pl.Int32))
             rows = rows.join(table.select(*COORDINATES), on="cell").select(*ROWS)
             write_piece(path, int(table["shard"].max()) + 1 + brought, 0, rows)  # type: ignore[arg-type]
             wanted = wanted.join(rows.select("cell"), on="cell", how="anti")
