@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 
 from patchscopes.core.errors import InputError, NotAvailableError
-from patchscopes.evaluate import back_patching
+from patchscopes.evaluate import back_patching, multihop, tries
 from patchscopes.evaluate.frame import Asked
 from patchscopes.evaluate.hops import COLUMNS, Question, bare, classify, filtered, funnel, questions_of, right
 from patchscopes.organisms.atlas.facts import world
@@ -174,9 +174,8 @@ def test_back_patching_is_scored_by_hand() -> None:
         + patched({}, "random")
         + patched(own, "none", "bridge")
     )
-    hits = back_patching.hits_of(table, (NEPAL, PERU), "last", "paper")
+    hits = tries.hits_of(table, (NEPAL, PERU), "last", "paper")
     assert hits.pairs == tuple(itertools.product((1, 2, 3), repeat=2))
-    assert hits.back.sum() == hits.forward.sum() == 3
     assert hits.hits["none"].sum() == 3 and hits.hits["random"].sum() == 0
     scores = back_patching.figures(hits, ["Nepal", "Peru"])
     assert scores["n_tries"] == 3
@@ -195,7 +194,7 @@ def test_the_direction_is_stated_either_way(better: str, said: str) -> None:
     n = 12
     hits = {kind: np.zeros((n, 2), bool) for kind in ("none", "other", "random")}
     hits[better][:, 1] = True
-    scores = back_patching.figures(back_patching.Hits(((1, 2), (2, 1)), hits), [f"c{k}" for k in range(n)])
+    scores = back_patching.figures(tries.Hits(((1, 2), (2, 1)), hits), [f"c{k}" for k in range(n)])
     assert scores["p"] == pytest.approx(2 / 2**n)
     assert said in back_patching.claim("bridge", scores)
     assert scores["pair"] == (2, 1) and scores[f"held_out {better}"].value == 1
@@ -218,3 +217,39 @@ def test_back_patching_on_atlas_is_recorded_and_instant_again(tmp_path: Path) ->
     assert [one.name for one in back_patching.plan(asked, settings)] == ["two-hop-asked", "back-patching"]
     with pytest.raises(InputError, match="unknown position"):
         back_patching.evaluate(asked, back_patching.Settings(positions=("middle",)))
+
+
+def test_self_correction_is_scored_by_hand() -> None:
+    pairs = ((1, 1), (2, 1))
+    own = np.array([[True, False], [False, False], [True, False], [True, True]])
+    other = np.zeros_like(own)
+    found = tries.Hits(pairs, {"none": own, "other": other, "random": other})
+    scores = multihop.figures(found, [NEPAL, PERU], [NEPAL, PERU])
+    assert scores["n_tries"] == 2 and scores["any_of_N none"].value == 0.5 and scores["per_try none"].value == 0.25
+    assert scores["any_of_N other"].value == 0 and scores["p"] == 1.0
+    if "pair" in scores:  # the coin put the two bridge entities into different halves
+        assert scores["kept none"].value == (1.0 if scores["pair"] == (1, 1) else 0.5)
+    assert "no difference shown" in multihop.claim("phrases", scores)
+
+
+def test_the_forms_of_self_correction() -> None:
+    assert multihop._source("phrases", NEPAL) == (NEPAL.phrase, {"prompt": "The capital of", "at": -1})
+    assert multihop._source("slot", NEPAL) == (NEPAL.phrase, {"prompt": "The capital of {x} is"})
+    query = ("The capital of the country of Mount Everest", {"preset": "back-patch", "at": "The capital of#1"})
+    assert multihop._source("query", NEPAL) == query
+
+
+def test_self_correction_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    from patchscopes.cli import main
+
+    sets = ("--set", "most=2", "--set", "tokens=3", "--set", "forms=slot,query", "--set", "target_layers=1:4")
+    args = ["patchscopes", "evaluate", "multihop", "--quick", "--n", "60", "--json", "--runs", str(tmp_path), *sets]
+    monkeypatch.setattr("sys.argv", args)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code in (0, None)
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["scores"]["forms"]) == {"slot", "query"} and found["scores"]["failed"] == 2
+    assert Path(found["page"]).exists() and len(found["runs"]) == 2
+    with pytest.raises(InputError, match="unknown form"):
+        multihop.evaluate(Asked(runs=tmp_path), multihop.Settings(forms=("other",)))

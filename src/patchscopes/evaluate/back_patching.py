@@ -13,23 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from patchscopes.core.errors import InputError
-from patchscopes.evaluate import statistics
-from patchscopes.evaluate.frame import Asked, Bars, Heat, Result, Table, caveats_of, recorded, settings_of
-from patchscopes.evaluate.hops import Question, asking, filtered, funnel, questions_of, right, said
+from patchscopes.evaluate import statistics, tries
+from patchscopes.evaluate.frame import Asked, Bars, Result, Table, caveats_of, recorded, settings_of
+from patchscopes.evaluate.hops import Question, asking, filtered, funnel, questions_of, said
+from patchscopes.evaluate.tries import KINDS, Hits, hits_of
 from patchscopes.runs.spec import Experiment
-
-if TYPE_CHECKING:
-    import polars as pl
 
 TITLE = "Back-patching"
 PAPER = "Biran et al. 2024, Hopping Too Late, section 6"
 N, QUICK_N, MOST, QUICK_MOST = 800, 240, 40, 12
-KINDS = {"none": "back-patched", "other": "another question's state", "random": "random vector", "mean": "mean of others"}
 
 
 @dataclass(frozen=True)
@@ -46,24 +43,6 @@ class Settings:
     positions: tuple[str, ...] = ("bridge", "last")
     test: Literal["paper", "words"] = "paper"
     most: int | None = None
-
-
-@dataclass(frozen=True)
-class Hits:
-    """hits[kind]: [question, pair]; pairs: (ℓ, ℓ*); back, forward: which of them."""
-
-    pairs: tuple[tuple[int, int], ...]
-    hits: dict[str, np.ndarray]
-
-    @property
-    def back(self) -> np.ndarray:
-        """ℓ > ℓ*."""
-        return np.array([a > b for a, b in self.pairs], bool)
-
-    @property
-    def forward(self) -> np.ndarray:
-        """ℓ < ℓ*."""
-        return np.array([a < b for a, b in self.pairs], bool)
 
 
 def plan(asked: Asked, settings: Settings) -> list[Experiment]:
@@ -147,46 +126,16 @@ def _patching(asked: Asked, settings: Settings, questions: Sequence[Question], s
 # ---------------------------------------------------------------------------------------------------------------------------- scoring
 
 
-def hits_of(table: pl.DataFrame, questions: Sequence[Question], where: str, test: str) -> Hits:
-    """Which tries said the answer, of a run's table. What failed is a miss."""
-    rows = table.select("part", "prompt_text", "control", "source_layer", "target_layer", "text").iter_rows()
-    texts: dict[str, dict[tuple[str, int, int], str]] = {}
-    for part, prompt, kind, layer, other, text in rows:
-        if part == where:
-            texts.setdefault(kind, {})[prompt, layer, other] = text
-    pairs = tuple(sorted({(a, b) for said in texts.values() for _, a, b in said}))
-    hits = {
-        kind: np.array([[right(said.get((q.text, a, b)), q.e3, test) for a, b in pairs] for q in questions], bool)
-        for kind, said in texts.items()
-    }
-    return Hits(pairs, hits)
-
-
 def figures(found: Hits, clusters: Sequence[str], seed: int = 0) -> dict[str, Any]:
-    """any_of_N, per_try and held-out figures of every kind, at the same N; p: McNemar's, of own tries against another question's."""
-    back, forward = found.back, found.forward
-    none = found.hits["none"]
-    scores: dict[str, Any] = {"n_tries": int(back.sum())}
-    for kind in KINDS:
-        if kind in found.hits:
-            hits = found.hits[kind][:, back]
-            scores[f"any_of_N {kind}"] = statistics.rate(statistics.any_of(hits).astype(float), clusters, seed=seed)
-            scores[f"per_try {kind}"] = statistics.rate(statistics.per_draw(hits), clusters, seed=seed)
-    scores["any_of_N forward"] = statistics.rate(statistics.any_of(none[:, forward]).astype(float), clusters, seed=seed)
-    scores["per_try forward"] = statistics.rate(statistics.per_draw(none[:, forward]), clusters, seed=seed)
-    if "other" in found.hits:
-        own, other = statistics.any_of(none[:, back]), statistics.any_of(found.hits["other"][:, back])
-        scores["p"] = statistics.mcnemar(int((own & ~other).sum()), int((other & ~own).sum()))
-    chosen = statistics.held_out(none[:, back], clusters, seed=seed)
-    if chosen is not None:
-        columns = np.flatnonzero(back)
-        scores["pair"] = found.pairs[columns[chosen.cell]]
-        away = [clusters[k] for k in chosen.scores]
-        for kind in KINDS:
-            if kind in found.hits:
-                values = found.hits[kind][chosen.scores, columns[chosen.cell]].astype(float)
-                scores[f"held_out {kind}"] = statistics.rate(values, away, seed=seed)
-    return scores
+    """Those of `tries.figures` among the pairs ℓ > ℓ*; beside them as many forward."""
+    layers = np.array(found.pairs).reshape(-1, 2)
+    back, ahead = layers[:, 0] > layers[:, 1], layers[:, 0] < layers[:, 1]
+    forward = found.hits["none"][:, ahead]
+    return {
+        **tries.figures(found, back, clusters, seed),
+        "any_of_N forward": statistics.rate(statistics.any_of(forward).astype(float), clusters, seed=seed),
+        "per_try forward": statistics.rate(statistics.per_draw(forward), clusters, seed=seed),
+    }
 
 
 def claim(where: str, scores: dict[str, Any]) -> str:
@@ -236,7 +185,7 @@ def result(
         }
         headline[f"{where}: back-patched, any of {n}, whole words"] = words[where]["any_of_N none"]
     rows = [
-        (where, name, *(_share(own.get(f"{figure} {kind}")) for figure in ("per_try", "any_of_N", "held_out")))
+        (where, name, *(tries.share(own.get(f"{figure} {kind}")) for figure in ("per_try", "any_of_N", "held_out")))
         for where, own in scores.items()
         for kind, name in {**KINDS, "forward": "forward, ℓ < ℓ*"}.items()
     ]
@@ -257,13 +206,9 @@ def result(
                 ("a try", "any of N", "held-out pair"),
             ),
         ),
-        (_bars(scores), *(_heat(where, hits, scores[where]) for where, hits in found.items())),
+        (_bars(scores), *(tries.heat(where, hits, scores[where].get("pair")) for where, hits in found.items())),
         **more,
     )
-
-
-def _share(one: Any) -> float | None:
-    return None if one is None else one.value
 
 
 def _bars(scores: dict[str, dict[str, Any]]) -> Bars:
@@ -271,21 +216,4 @@ def _bars(scores: dict[str, dict[str, Any]]) -> Bars:
     series = [(name, tuple(own.get(f"any_of_N {kind}") for own in scores.values())) for kind, name in kinds.items()]
     return Bars(
         "corrected", "Failed questions corrected by some one of N tries, 95 % intervals", "share", tuple(scores), tuple(series)
-    )
-
-
-def _heat(where: str, hits: Hits, scores: dict[str, Any]) -> Heat:
-    layers, others = sorted({a for a, _ in hits.pairs}), sorted({b for _, b in hits.pairs})
-    share = dict(zip(hits.pairs, hits.hits["none"].mean(axis=0), strict=True))
-    pair = scores.get("pair")
-    return Heat(
-        f"pairs-{where}",
-        f"Share of failed questions corrected by each pair, {where}",
-        "source layer ℓ",
-        "target layer ℓ*",
-        tuple(map(str, layers)),
-        tuple(map(str, others)),
-        tuple(tuple(float(share.get((a, b), np.nan)) for b in others) for a in layers),
-        "share",
-        None if pair is None else (layers.index(pair[0]), others.index(pair[1])),
     )

@@ -145,8 +145,8 @@ def _of_csv(path: Path) -> Questions:
 
 def _question(row: Mapping[str, Any]) -> Question | str:
     """A row as a question, or what is wrong with it. Nothing is guessed."""
-    values = {name: row.get(name) for name in COLUMNS}
-    if any(not isinstance(value, str) or not value.strip() for value in values.values()) or None in row:
+    values = {name: value for name in COLUMNS if isinstance(value := row.get(name), str) and value.strip()}
+    if len(values) < len(COLUMNS) or None in row:
         return "a cell is missing"
     if any(values[name].count("{}") != 1 for name in ("r1_template", "r2_template")):
         return "a template has not exactly one {}"
