@@ -15,9 +15,9 @@ the bridge entities: how many failed questions it corrects, and how many answere
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -27,6 +27,9 @@ from patchscopes.evaluate.frame import Asked, Bars, Result, Table, caveats_of, r
 from patchscopes.evaluate.hops import Outcome, Question, asking, filtered, funnel, questions_of, right, said
 from patchscopes.evaluate.tries import KINDS, Hits
 from patchscopes.runs.spec import Experiment
+
+if TYPE_CHECKING:
+    from patchscopes.runs import Run
 
 TITLE = "Multi-hop self-correction"
 PAPER = "Ghandeharioun et al. 2024, Patchscopes, section 5 and appendix F"
@@ -59,8 +62,10 @@ class Settings:
 def plan(asked: Asked, settings: Settings) -> list[Experiment]:
     """What will be run: the questions in all forms, and as many as may be patched."""
     questions, _, stop = _questions(asked)
-    some = questions[: 2 * _most(asked, settings)]
-    return [_asking(asked, settings, questions, stop), _patching(asked, settings, some, stop)]
+    some = questions[: _most(asked, settings)]
+    one = dict.fromkeys(settings.forms, (1, 1))
+    asking_, patching = _asking(asked, settings, questions, stop), _patching(asked, settings, some, stop)
+    return [asking_, patching, _patching(asked, settings, some, stop, one)]
 
 
 def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
@@ -79,24 +84,27 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
         raise InputError(
             f"the model fails at none of {len(known):,} questions of two hops that it knows; give more questions (--n)"
         )
-    second = recorded(asked, _patching(asked, settings, [*failed, *answered], stop))
-    table = second.table(status="ok")
-    found = {
-        form: tries.hits_at(table, [(f"{form}: {q.second}", _source(form, q)[0], q) for q in (*failed, *answered)], settings.test)
-        for form in settings.forms
-    }
+    runs = [first, recorded(asked, _patching(asked, settings, failed, stop))]
+    found = _hits(runs[1], settings, failed)
+    scores = {form: figures(hits, failed, asked.seed) for form, hits in found.items()}
+    pairs = {form: own["pair"] for form, own in scores.items() if "pair" in own}
+    if pairs and answered:
+        runs.append(recorded(asked, _patching(asked, settings, answered, stop, pairs)))
+        for form, hits in _hits(runs[2], settings, answered).items():
+            scores[form] |= kept(hits, answered, asked.seed)
     own, deviations = settings_of(settings, asked)
     return result(
         failed,
         answered,
         found,
+        scores,
         asked_scores(known, texts, settings.test, asked.seed),
         funnel(outcomes),
         asked.seed,
         settings=own,
         deviations=(*deviations, "The questions are not those of the paper, whose file is not published."),
-        caveats=(*notes, *caveats_of([first, second])),
-        runs=(first, second),
+        caveats=(*notes, *caveats_of(runs)),
+        runs=tuple(runs),
     )
 
 
@@ -131,19 +139,33 @@ def _source(form: str, question: Question) -> tuple[str, dict[str, Any]]:
     return question.phrase, {"prompt": sentence} if form == "slot" else {"prompt": second, "at": -1}
 
 
-def _patching(asked: Asked, settings: Settings, questions: Sequence[Question], stop: Sequence[str]) -> Experiment:
+def _hits(run: Run, settings: Settings, questions: Sequence[Question]) -> dict[str, Hits]:
+    table = run.table(status="ok")
+    there = set(table["part"])
+    wanted = {form: [(f"{form}: {q.second}", _source(form, q)[0], q) for q in questions] for form in settings.forms}
+    return {form: tries.hits_at(table, some, settings.test) for form, some in wanted.items() if some[0][0] in there}
+
+
+def _patching(
+    asked: Asked,
+    settings: Settings,
+    questions: Sequence[Question],
+    stop: Sequence[str],
+    pairs: Mapping[str, tuple[int, int]] | None = None,
+) -> Experiment:
+    """Every pair of layers; or of each form only the one in `pairs`."""
     parts: dict[str, dict[str, Any]] = {}
-    for form in settings.forms:
+    for form in settings.forms if pairs is None else pairs:
+        layer, other = (settings.layers, settings.target_layers) if pairs is None else pairs[form]
         for one in questions:
             text, scope = _source(form, one)
-            scope |= {"name": form, "layer": settings.target_layers, "tokens": settings.tokens}
-            part = parts.setdefault(f"{form}: {one.second}", {"prompts": {}, "scope": scope})
+            scope |= {"name": form, "layer": other, "tokens": settings.tokens}
+            part = parts.setdefault(f"{form}: {one.second}", {"prompts": {}, "scope": scope, "layers": layer})
             part["prompts"][text] = {"text": text, "at": -1}
     return Experiment.model_validate(
         {
-            "name": "multihop",
+            "name": "multihop" if pairs is None else "multihop-kept",
             "model": dict(asked.model) if not isinstance(asked.model, str) else asked.model,
-            "layers": settings.layers,
             "stop": list(stop),
             "evidence": False,
             "seed": asked.seed,
@@ -167,18 +189,16 @@ def asked_scores(known: Sequence[Outcome], texts: dict[str, str], test: str, see
     }
 
 
-def figures(found: Hits, failed: Sequence[Question], answered: Sequence[Question], seed: int = 0) -> dict[str, Any]:
-    """Those of `tries.figures` among the failed questions; and how many answered ones are right at the same pair ("kept")."""
-    everything = np.ones(len(found.pairs), bool)
-    own = found.of(range(len(failed)))
-    scores = tries.figures(own, everything, [one.e2[0] for one in failed], seed)
-    if "pair" in scores and answered:
-        column = found.pairs.index(scores["pair"])
-        for kind in KINDS:
-            if kind in found.hits:
-                values = found.hits[kind][len(failed) :, column].astype(float)
-                scores[f"kept {kind}"] = statistics.rate(values, [one.e2[0] for one in answered], seed=seed)
-    return scores
+def figures(found: Hits, failed: Sequence[Question], seed: int = 0) -> dict[str, Any]:
+    """Those of `tries.figures` among the failed questions and all pairs."""
+    return tries.figures(found, np.ones(len(found.pairs), bool), [one.e2[0] for one in failed], seed)
+
+
+def kept(found: Hits, answered: Sequence[Question], seed: int = 0) -> dict[str, Any]:
+    """How many answered questions are right under the one pair."""
+    clusters = [one.e2[0] for one in answered]
+    kinds = [kind for kind in KINDS if kind in found.hits]
+    return {f"kept {kind}": statistics.rate(found.hits[kind][:, 0].astype(float), clusters, seed=seed) for kind in kinds}
 
 
 def claim(form: str, scores: dict[str, Any]) -> str:
@@ -202,13 +222,13 @@ def result(
     failed: Sequence[Question],
     answered: Sequence[Question],
     found: dict[str, Hits],
+    scores: dict[str, dict[str, Any]],
     plain: dict[str, Any],
     counts: Sequence[tuple[str, int]],
     seed: int,
     **more: Any,
 ) -> Result:
     """As the frame has it. The p-values of several forms are adjusted together (Holm)."""
-    scores = {form: figures(hits, failed, answered, seed) for form, hits in found.items()}
     tested = [form for form in scores if "p" in scores[form]]
     for form, p in zip(tested, statistics.holm([scores[form]["p"] for form in tested]), strict=True):
         scores[form]["p"] = p
@@ -253,7 +273,7 @@ def result(
                 tuple(scores),
                 tuple(bars),
             ),
-            *(tries.heat(form, hits.of(range(len(failed))), scores[form].get("pair")) for form, hits in found.items()),
+            *(tries.heat(form, hits, scores[form].get("pair")) for form, hits in found.items()),
         ),
         **more,
     )

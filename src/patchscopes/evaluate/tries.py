@@ -25,10 +25,6 @@ class Hits:
     pairs: tuple[tuple[int, int], ...]
     hits: dict[str, np.ndarray]
 
-    def of(self, rows: Sequence[int]) -> Hits:
-        """The same of some questions."""
-        return Hits(self.pairs, {kind: hits[list(rows)] for kind, hits in self.hits.items()})
-
 
 def hits_of(table: pl.DataFrame, questions: Sequence[Question], part: str, test: str) -> Hits:
     """Which tries said the answer, of the part of a run's table whose prompts are the questions. What failed is a miss."""
