@@ -26,7 +26,7 @@ from patchscopes.runs.spec import Experiment
 
 TITLE = "Back-patching"
 PAPER = "Biran et al. 2024, Hopping Too Late, section 6"
-N, QUICK_N, MOST, QUICK_MOST = 800, 240, 40, 12
+N, QUICK_N, MOST, QUICK_MOST = 1200, 240, 64, 12
 
 
 @dataclass(frozen=True)

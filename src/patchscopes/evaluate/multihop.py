@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 TITLE = "Multi-hop self-correction"
 PAPER = "Ghandeharioun et al. 2024, Patchscopes, section 5 and appendix F"
-N, QUICK_N, MOST, QUICK_MOST = 800, 240, 24, 8
+N, QUICK_N, MOST, QUICK_MOST = 800, 240, 48, 8
 STEP_BY_STEP = "Let's think step by step. "
 FORMS = ("phrases", "slot", "query")
 
