@@ -63,11 +63,10 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
     """The figures of the module's docstring."""
     settings = settings or Settings()
     items, notes = _items(asked, settings)
-    runs, prior = [], None
+    runs = []
     if settings.known == "model":
         runs.append(recorded(asked, _known(asked, settings, items)))
-        prior = extraction.knowledge(runs[0], items)
-        kept = tuple(item for item in items.items if prior.knows[item.target, item.subject, item.answers[0]])
+        kept = tuple(item for item, yes in zip(items.items, extraction.knows(runs[0], items.items), strict=True) if yes)
         notes.append(f"The model knows {len(kept):,} of {len(items.items):,} items; the others are left out.")
         items = _enough(Items(items.name, kept, items.stop), settings, notes)
     grid = recorded(asked, _grid(asked, settings, items))
@@ -83,7 +82,7 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
     return extraction.result(
         TITLE,
         PAPER,
-        extraction.scored(hits, shared, control, prior, probes, seed=asked.seed),
+        extraction.scored(hits, shared, control, probes, seed=asked.seed),
         settings=own,
         deviations=(*deviations, *_deviations(items)),
         caveats=(*notes, *items.notes, *caveats_of([grid, control])),
@@ -173,14 +172,18 @@ def _experiment(
 
 
 def _known(asked: Asked, settings: Settings, items: Items) -> Experiment:
-    """Does the model say the object when it is asked in words? The subject alone as the source: its control "text" is the question with
-    the subject in it, "nothing" the question alone."""
-    parts = []
-    for relation, target, some in _by_target(items):
-        subjects = list(dict.fromkeys(item.subject for item in some))
-        prompts = [{"text": subject, "at": -1, "labels": {"at": subject}} for subject in subjects]
-        parts.append({"name": relation, "prompts": prompts, "scope": [{"name": target, "prompt": target, "layer": 0}]})
-    return _experiment(asked, settings, items, "attribute-known", parts, layers=[0], controls=True)
+    """Does the model say the object when asked in words? The question with the subject in it, to which nothing is added (0 · h): plain
+    greedy decoding, as a run."""
+    parts = [
+        {
+            "name": name,
+            "prompts": "x",
+            "layers": [0],
+            "scope": [{"name": target, "prompt": extraction.questions(some), "at": -1, "layer": 0, "write": "add"}],
+        }
+        for name, target, some in _by_target(items)
+    ]
+    return _experiment(asked, settings, items, "attribute-known", parts, map=[{"scale": 0.0}], controls=False)
 
 
 def _grid(asked: Asked, settings: Settings, items: Items) -> Experiment:

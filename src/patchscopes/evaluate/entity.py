@@ -185,7 +185,7 @@ def _figures(found: Described) -> dict[str, Estimate]:
     names, kinds = [e.name for e in entities], [e.kind for e in entities]
     away = [int(k) for k in chosen.scores]
 
-    def rate(values: Sequence[float], rows: Sequence[int]) -> Estimate:
+    def rate(values: Any, rows: Sequence[int]) -> Estimate:
         return statistics.rate([float(v) for v in values], [names[k] for k in rows], seed=seed)
 
     partner = statistics.strangers(kinds, names, names, seed)

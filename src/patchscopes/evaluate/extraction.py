@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,6 @@ if TYPE_CHECKING:
     from patchscopes.runs import Run
 
 CONTROLS = ("nothing", "random", "other", "mean", "text")
-
-
-@dataclass(frozen=True)
-class Known:
-    """What the model knows: by (target prompt, subject, object); and what the question alone says, by target prompt."""
-
-    knows: Mapping[tuple[str, str, str], bool]
 
 
 @dataclass(frozen=True)
@@ -60,18 +53,19 @@ class Shared:
     scores: tuple[int, ...]
 
 
-def knowledge(run: Run, items: Any) -> Known:
-    """From the run that asks in words (see `attribute._known`)."""
-    rows = run.table(control="text", status="ok").select("scope", "at", "text")
-    said = {(target, subject): text for target, subject, text in rows.iter_rows()}
-    return Known(
-        {
-            (item.target, item.subject, item.answers[0]): any(
-                scoring.contains(said.get((item.target, item.subject), ""), answer) for answer in item.answers
-            )
-            for item in items.items
-        }
-    )
+def questions(items: Sequence[Item]) -> list[str]:
+    """The target prompt with each subject in it."""
+    return list(dict.fromkeys(item.target.replace("{x}", item.subject) for item in items))
+
+
+def knows(run: Run, items: Sequence[Item]) -> list[bool]:
+    """Whether the model says the object of each item, from the run that asks in words (see `attribute._known`): the paper's test."""
+    asked: dict[str, list[str]] = {}
+    for target in dict.fromkeys(item.target for item in items):
+        asked[target] = questions([item for item in items if item.target == target])
+    rows = run.table(control="none", status="ok").select("scope", "target", "text")
+    said = {(target, asked[target][k]): text for target, k, text in rows.iter_rows()}
+    return [_contains(said.get((item.target, item.target.replace("{x}", item.subject)), ""), item) for item in items]
 
 
 def grid_hits(run: Run, items: Sequence[Item], *, seed: int = 0) -> Hits:
@@ -126,7 +120,7 @@ class Scored:
     probes: Probed | None
 
 
-def scored(hits: Hits, shared: Shared, control: Run, prior: Known | None, probes: Probed | None, *, seed: int = 0) -> Scored:
+def scored(hits: Hits, shared: Shared, control: Run, probes: Probed | None, *, seed: int = 0) -> Scored:
     """All figures. Rates are means over relations, with intervals over entities."""
     groups, clusters = hits.relations, hits.clusters
 

@@ -7,7 +7,8 @@ model itself says there (Ghandeharioun et al. 2024, 4.1 and appendix B):
     surprisal     −log2 p_L[argmax p̃]: the model's own distribution at the scope's token, bits
 
 The model's likeliest token is the logit lens at layer L: no other pass is needed. Scopes: token identity (few-shot), the bare "?" (of
-which a bare "x" is a copy where a prompt has no first token of its own), the logit lens; and whatever is given as further parts, such as a tuned lens (`lens_parts`).
+which a bare "x" is a copy where the tokenizer puts nothing in front), the logit lens; and whatever is given as further parts, such as a
+tuned lens (`lens_parts`).
 """
 
 from __future__ import annotations
@@ -261,7 +262,9 @@ def _lines(name: str, title: str, label: str, found: Any, key: str, y_range: tup
         Line(
             scope,
             tuple(map(float, by_layer)),
-            *(tuple(getattr(one[key], side) for one in by_layer.values()) for side in ("value", "low", "high")),
+            tuple(one[key].value for one in by_layer.values()),
+            tuple(one[key].low for one in by_layer.values()),
+            tuple(one[key].high for one in by_layer.values()),
         )
         for scope, by_layer in found.items()
     ]

@@ -54,7 +54,7 @@ def held_out_hits(
     fold = folds_of(clusters, seed)
     hits = np.zeros(len(answers), bool)
     for k in range(FOLDS):
-        train, test = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
+        train, test = np.flatnonzero(fold != k).tolist(), np.flatnonzero(fold == k).tolist()
         classes = list(dict.fromkeys(answers[i] for i in train))
         mean, std = x[train].mean(0), x[train].std(0, unbiased=False).clamp_min(1e-8)
         y = torch.tensor([classes.index(answers[i]) for i in train])

@@ -115,8 +115,8 @@ def sweep(
         write_table(path / "prompts.parquet", _prompts(seen))
         write_record(path, record)
         with contextlib.closing(EventLog(path / "events.jsonl", tuple(listeners))) as log:
-            tensors = asked.outputs.vectors or asked.outputs.logits
-            cached = 0 if new else _bring(path, Path(runs), table, found, log, tensors=tensors)
+            kept = asked.outputs.vectors or asked.outputs.logits  # those of other runs lie in their folders
+            cached = 0 if new or kept else _bring(path, Path(runs), table, found, log)
             log.tell("planned", run=record["id"], folder=str(path), cells=len(table), shards=record["shards"], cached=cached)
             if not work:
                 return Run(path)
@@ -289,15 +289,14 @@ def _new_folder(runs: Path, name: str, question: str) -> Path:
 # --------------------------------------------------------------------------------------------------------------- doing
 
 
-def _bring(path: Path, runs: Path, table: pl.DataFrame, found: Conditions, log: EventLog, *, tensors: bool) -> int:
-    """Take over rows of cells that earlier runs below `runs` finished under the same conditions; how many. None if tensors are to be kept:
-    those of other runs lie in their folders."""
+def _bring(path: Path, runs: Path, table: pl.DataFrame, found: Conditions, log: EventLog) -> int:
+    """Take over rows of cells that earlier runs below `runs` finished under the same conditions; how many."""
     from patchscopes.runs.schema import COORDINATES, RESULTS
 
     wanted = table.select("cell", "look", "index")
     sizes = wanted.group_by("look", "index").len("size")
     brought = 0
-    for other in run_folders(runs) if not tensors else ():
+    for other in run_folders(runs):
         if other == path or not len(wanted):
             continue
         run = Run(other)

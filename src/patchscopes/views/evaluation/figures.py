@@ -73,8 +73,8 @@ def _lines(axes: Any, figure: Lines) -> None:
         )
         if line.low:
             axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
-    axes.set_xlabel(figure.x_label)
-    axes.set_ylabel(figure.y_label)
+    axes.set_xlabel(_escaped(figure.x_label))
+    axes.set_ylabel(_escaped(figure.y_label))
     axes.xaxis.get_major_locator().set_params(integer=True)
     if figure.y_range is not None:
         axes.set_ylim(*figure.y_range)
@@ -96,7 +96,7 @@ def _bars(axes: Any, figure: Bars) -> None:
                 axes.hlines(y, one.low, one.high, color="0.25", linewidth=1)
     axes.set_yticks(range(len(figure.labels)), [_escaped(label) for label in figure.labels], fontsize=7.5, parse_math=False)
     axes.invert_yaxis()
-    axes.set_xlabel(figure.y_label)
+    axes.set_xlabel(_escaped(figure.y_label))
     _plain(axes, "x")
     if len(figure.series) > 1:
         axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.04), ncols=4)
@@ -108,12 +108,12 @@ def _heat(axes: Any, figure: Heat) -> None:
     values = np.ma.masked_invalid(np.array(figure.values, float))
     axes.patch.set(facecolor="white", edgecolor="0.75", hatch="////")  # seen where there is nothing
     image = axes.imshow(values, cmap="viridis", aspect="auto", origin="lower", interpolation="nearest", vmin=0)
-    axes.figure.colorbar(image, ax=axes, label=figure.label, pad=0.02)
+    axes.figure.colorbar(image, ax=axes, label=_escaped(figure.label), pad=0.02)
     for axis, labels in ((axes.yaxis, figure.rows), (axes.xaxis, figure.columns)):
         ticks = range(0, len(labels), max(1, math.ceil(len(labels) / 20)))
         axis.set_ticks(ticks, [_escaped(labels[k]) for k in ticks], fontsize=8, parse_math=False)
-    axes.set_xlabel(figure.column_label)
-    axes.set_ylabel(figure.row_label)
+    axes.set_xlabel(_escaped(figure.column_label))
+    axes.set_ylabel(_escaped(figure.row_label))
     if values.size <= 150:
         for r, row in enumerate(figure.values):
             for c, value in enumerate(row):

@@ -99,7 +99,8 @@ def _of(value: Any) -> str:
 def _figure(figure: Figure) -> Markup:
     with tempfile.TemporaryDirectory() as folder:
         text = draw(figure, Path(folder) / "figure.svg").read_text(encoding="utf-8")
-    svg = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    # comments repeat the texts that are drawn
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'(id="|url\(#|xlink:href="#)', rf"\g<1>{_slug(figure.name)}-", svg)
     return el("figure", Markup(svg), el("figcaption", figure.title), role="group", aria_label=figure.title)
 
