@@ -146,11 +146,12 @@ def claim(where: str, scores: dict[str, Any]) -> str:
     if other is None:
         return f"{told}; no other question's state was there to compare with."
     told += f"; as many tries with other questions' states correct {other}, with random vectors {scores['any_of_N random']}, "
-    told += f"forward patches {scores['any_of_N forward']}. "
+    told += f"forward patches {scores['any_of_N forward']}. One try corrects {scores['per_try none']}, another's state "
+    told += f"{scores['per_try other']}. "
     p = scores["p"]
     if p >= 0.05:
         told += f"The question's own state does no better than another's (McNemar p = {p:.2g}): "
-        return told + "what is corrected is not shown to be resolved late."
+        return told + "that its first hop came too late is not shown."
     if own.value > other.value:
         return told + f"The question's own state does better than another's (McNemar p = {p:.2g})."
     return told + f"Another question's state does better than the question's own (McNemar p = {p:.2g})."

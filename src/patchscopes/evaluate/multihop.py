@@ -209,7 +209,8 @@ def claim(form: str, scores: dict[str, Any]) -> str:
         better = scores["any_of_N none"].value > scores["any_of_N other"].value
         told += f", as many tries with other questions' states {scores['any_of_N other']} (McNemar p = {p:.2g}: "
         told += "no difference shown)" if p >= 0.05 else "the own state is better)" if better else "the other's is better)"
-        told += f", with random vectors {scores['any_of_N random']}"
+        told += f", with random vectors {scores['any_of_N random']}. One try corrects {scores['per_try none']}, "
+        told += f"another's state {scores['per_try other']}"
     if "held_out none" in scores:
         layer, other = scores["pair"]
         told += f". One pair, {layer} into {other}, chosen on other bridge entities, corrects {scores['held_out none']}"
