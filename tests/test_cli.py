@@ -294,6 +294,7 @@ def test_inspect_json_is_one_document(cli, model):
 
 
 SCOPES = {
+    "back-patch": ("back-patch", 10, "all"),
     "describe": ("describe", 20, "same"),
     "identity": ("identity", 1, "same"),
     "identity-bare": ("identity", 1, "same"),

@@ -183,6 +183,7 @@ def test_every_key_of_a_part_is_one_of_the_experiment_and_wins() -> None:
         "draws": 9,
         "seed": 5,
         "controls": False,
+        "evidence": False,
         "second_look": "So",
     }
     assert set(other) == set(Part.model_fields) - {"name"} <= set(Experiment.model_fields)
@@ -356,7 +357,7 @@ def test_names_are_those_of_the_library() -> None:
     assert kinds["ScopeSpec"]["properties"]["preset"]["anyOf"][0]["enum"] == list(SCOPES)
     assert kinds["ScopeSpec"]["properties"]["write"]["anyOf"][0]["enum"] == list(OF_SCOPES)
     assert schema()["properties"]["site"]["enum"] == list(SCOPED)
-    assert [named(scope).name for scope in SCOPES] == ["describe", "identity", "identity", *SCOPES[3:]]
+    assert [named(scope).name for scope in SCOPES] == ["back-patch", "describe", "identity", "identity", *SCOPES[4:]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- files
@@ -490,6 +491,7 @@ def test_the_digest_is_of_what_is_asked_for() -> None:
         "draws": 2,
         "seed": 12,
         "controls": True,
+        "evidence": False,
         "second_look": None,
         "outputs": {},
         "parts": [],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from patchscopes.core.errors import PositionError, UnknownName, nearest
 
-SCOPES = ("describe", "identity", "identity-bare", "logit-lens", "embedding-space", "future-lens", "selfie")
+SCOPES = ("back-patch", "describe", "identity", "identity-bare", "logit-lens", "embedding-space", "future-lens", "selfie")
 LENSES = ("logit-lens", "embedding-space")  # made by scopes.named
 SLOT = "{x}"  # stands in a target prompt where the state goes
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")

@@ -38,7 +38,7 @@ class Costs:
         if kind in ("nothing", "text"):
             return 0.0
         run = self.run(cell.target, cell.target_layer)
-        if kind != "none" or self.viewing.controls is None:
+        if kind != "none" or self.viewing.controls is None or not self.viewing.evidence:
             return run
         n_scored = N_SCORED + len(self.viewing.controls.others(cell.place))
         return run + n_scored * self.score(cell.target, cell.target_layer)
@@ -46,7 +46,7 @@ class Costs:
     def sources(self) -> float:
         """FLOP of reading all source prompts."""
         lengths = {place.tokens.ids: len(place.tokens) for place in self.viewing.places if place.tokens is not None}
-        looks = 2 if self.viewing.controls is not None else 1
+        looks = 2 if self.viewing.controls is not None and self.viewing.evidence else 1
         return looks * sum(_blocks(self.source, 0, 0, n) + 2.0 * self.source.head for n in lengths.values())
 
     def _run(self, target: int, layer: int) -> float:

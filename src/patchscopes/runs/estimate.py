@@ -170,7 +170,7 @@ def _passes(one: Seen, readings: int, shards: int, size: int) -> int:
     each = math.ceil(readings / shards)
     kinds = len(viewing.kinds(viewing.cells[0]))
     passes = 1 + math.ceil(each * kinds / size) * viewing.scope.max_new_tokens
-    if viewing.controls is not None:
+    if viewing.controls is not None and viewing.evidence:
         scored = N_SCORED + len(viewing.controls.others(0))
         passes += 1 + math.ceil(each * scored / size) + math.ceil(each / size)
     return shards * passes

@@ -28,6 +28,7 @@ KEYS = {
     "draws": "Texts sampled for every cell; more than one needs a temperature above 0.",
     "seed": "Of everything that is drawn: texts, random vectors, a sample of the prompts.",
     "controls": "Also run what a reading must be compared with, and weigh its evidence.",
+    "evidence": "With controls: weigh the evidence of readings, which takes some 30 runs of each text; false: only their rows.",
     "second_look": "The neutral text behind which sources are read again for their evidence. Absent: a short one.",
     "outputs": "What is kept beside the table.",
     "top_k": "How many of the likeliest next tokens of each patched run stand in the table.",

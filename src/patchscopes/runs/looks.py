@@ -36,7 +36,6 @@ from patchscopes.scopes.extract import extract
 from patchscopes.scopes.named import named
 from patchscopes.scopes.patchscope import Patchscope
 from patchscopes.scopes.source import Source
-from patchscopes.scopes.target import PLACEHOLDER
 
 SHOWN = 300  # characters of a reason, of which there may be many
 
@@ -59,6 +58,7 @@ class Look:
     labels: list[dict[str, Scalar]]
     numbers: list[int]
     controls: bool
+    evidence: bool = True
 
 
 def looks(experiment: Experiment, models: Mapping[str, Model]) -> tuple[list[Look], list[str]]:
@@ -77,7 +77,9 @@ def looks(experiment: Experiment, models: Mapping[str, Model]) -> tuple[list[Loo
             for scope in part.scope:
                 built = _scope(scope, part, models, sources[0].model)
                 target = spec.key if scope.model is None else scope.model.key
-                found.append(Look(part.name, spec.key, target, scope.called, sources, built, labels, numbers, part.controls))
+                found.append(
+                    Look(part.name, spec.key, target, scope.called, sources, built, labels, numbers, part.controls, part.evidence)
+                )
     return found, list(dict.fromkeys(caveats))
 
 
@@ -196,6 +198,7 @@ def _scope(spec: ScopeSpec, part: Experiment, models: Mapping[str, Model], origi
     lens = spec.preset in LENSES
     layer = spec.layer if spec.layer is not None else None if lens else part.target_layer
     chosen: dict[str, Any] = {
+        "position": _listed(spec.at) if spec.preset else None,
         "layer": list(layer) if isinstance(layer, tuple) else layer,
         "max_new_tokens": spec.tokens if spec.tokens is not None else None if lens else part.tokens,
         "stop": spec.stop if spec.stop is not None else part.stop,
@@ -218,7 +221,7 @@ def _scope(spec: ScopeSpec, part: Experiment, models: Mapping[str, Model], origi
 
 def _of_prompts(spec: ScopeSpec, model: Model) -> Patchscope:
     prompts = [one.text if one.text is not None else model.tokens(list(one.ids or ())) for one in spec.prompt or ()]
-    place = PLACEHOLDER if spec.at is None else list(spec.at) if isinstance(spec.at, tuple) else spec.at
+    place = _listed(spec.at)
     return replace(extract(SLOT), prompt=prompts[0] if len(prompts) == 1 else prompts, position=place)
 
 

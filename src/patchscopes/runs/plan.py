@@ -56,7 +56,7 @@ class Seen:
 def see(looks: Sequence[Look], keys: Mapping[str, str]) -> list[Seen]:
     """The looks as viewings. keys: of every model, by what the experiment calls it."""
     return [
-        Seen(look, Viewing(look.scope, look.sources, look.controls), (keys[look.model], keys[look.target_model]))
+        Seen(look, Viewing(look.scope, look.sources, look.controls, look.evidence), (keys[look.model], keys[look.target_model]))
         for look in looks
     ]
 

@@ -69,6 +69,7 @@ class Part(Table):
     draws: Count | None = described("draws")
     seed: int | None = described("seed")
     controls: bool | None = described("controls")
+    evidence: bool | None = described("evidence")
     second_look: str | None = described("second_look")
 
 
@@ -96,6 +97,7 @@ class Experiment(Table):
     draws: Count = described("draws", 1)
     seed: int = described("seed", 0)
     controls: bool = described("controls", True)
+    evidence: bool = described("evidence", True)
     second_look: str | None = described("second_look")
     outputs: Outputs = described("outputs", {}, validate_default=True)
     shard: Count | None = described("shard")

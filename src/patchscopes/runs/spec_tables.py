@@ -43,7 +43,7 @@ Ids = Annotated[
 ]
 
 
-Preset = Literal["describe", "identity", "identity-bare", "logit-lens", "embedding-space", "future-lens", "selfie"]
+Preset = Literal["back-patch", "describe", "identity", "identity-bare", "logit-lens", "embedding-space", "future-lens", "selfie"]
 DtypeName = Literal["auto", "float32", "float64", "bfloat16", "float16"]
 
 
@@ -227,7 +227,7 @@ class ScopeSpec(Table):
     at: At | None = Field(
         None,
         description="Where the state goes in prompts without {x}: a piece of text or an index, or several; same: where it was read. "
-        "Absent: x.",
+        "Absent: x; back-patch: where it was read.",
     )
     layer: TargetLayer | None = described("target_layer")
     map: Maps | None = described("map")
@@ -268,7 +268,8 @@ class ScopeSpec(Table):
             raise InputError(
                 f"the {_spelt(self.preset)} writes at the last layer and says one token; expected no layer and no tokens"
             )
-        if self.at is not None and (self.prompt is None or all(SLOT in (one.text or "") for one in self.prompt)):
+        slots = self.prompt is not None and all(SLOT in (one.text or "") for one in self.prompt)
+        if self.at is not None and (slots or self.preset not in (None, "back-patch")):
             raise InputError(f"at was given, but {SLOT} already says where the state goes; expected one of them")
         return self
 

@@ -26,6 +26,7 @@ from patchscopes.runs.spec import Experiment
 from patchscopes.runs.spec_tables import ModelSpec
 from patchscopes.scopes.patchscope import Patchscope
 from patchscopes.scopes.source import Source
+from patchscopes.scopes.target import PLACEHOLDER
 
 Looked = tuple[str, Source | Sequence[Source], Patchscope]  # (name of the part, what is looked at, through what)
 
@@ -168,11 +169,12 @@ def _turn(model: Model, text: str) -> str:
 
 def _scope(scope: Patchscope, origin: Model, folder: Path) -> dict[str, Any]:
     model = scope.model or origin
-    prompts = [scope.prompt] if isinstance(scope.prompt, (str, Tokens)) else list(scope.prompt)
+    own = scope.prompt is None
+    prompts = [scope.prompt] if isinstance(scope.prompt, (str, Tokens)) else list(scope.prompt or ())
     maps = [scope.map] if callable(scope.map) else list(scope.map)
     found = {
         "name": scope.name,
-        "prompt": [_target(model, prompt) for prompt in prompts],
+        **({"preset": "back-patch"} if own else {"prompt": [_target(model, prompt) for prompt in prompts]}),
         "layer": _layers(scope.layer),
         "map": [_map(one, folder) for one in maps],
         "tokens": scope.max_new_tokens,
@@ -183,8 +185,8 @@ def _scope(scope: Patchscope, origin: Model, folder: Path) -> dict[str, Any]:
         "carry": scope.carry,
         "guidance": float(scope.guidance),
     }
-    if not all(isinstance(prompt, str) and SLOT in prompt for prompt in prompts):
-        places = [_place(one) for one in _listed(scope.position)]
+    if (own and scope.position is not None) or not all(isinstance(prompt, str) and SLOT in prompt for prompt in prompts):
+        places = [_place(one) for one in _listed(PLACEHOLDER if scope.position is None else scope.position)]
         found["at"] = places if len(places) > 1 else places[0]
     if scope.edits:
         found["edits"] = _saved(folder, "edits", lambda path: save_edits(str(path), scope.edits))

@@ -3,6 +3,7 @@
 from patchscopes.scopes.activation_difference import Difference, activation_difference, difference_scope, in_all
 from patchscopes.scopes.attention_knockout import attention_knockout
 from patchscopes.scopes.attribute_lens import attribute_lens
+from patchscopes.scopes.back_patch import back_patch
 from patchscopes.scopes.causal_tracing import causal_tracing
 from patchscopes.scopes.cross_model import cross_model
 from patchscopes.scopes.describe import describe
@@ -15,6 +16,7 @@ from patchscopes.scopes.linear_shortcut import linear_shortcut
 from patchscopes.scopes.logit_lens import logit_lens
 from patchscopes.scopes.patchscope import Patchscope
 from patchscopes.scopes.readings import Grid, Readings
+from patchscopes.scopes.self_correct import in_one_prompt, self_correct
 from patchscopes.scopes.selfie import Relevancy, relevancy, selfie
 from patchscopes.scopes.source import Source
 from patchscopes.scopes.superscopes import best_of, chosen, criterion, superscope
@@ -31,6 +33,7 @@ __all__ = [
     "activation_difference",
     "attention_knockout",
     "attribute_lens",
+    "back_patch",
     "best_of",
     "causal_tracing",
     "chosen",
@@ -44,10 +47,12 @@ __all__ = [
     "future_lens",
     "identity",
     "in_all",
+    "in_one_prompt",
     "lengths",
     "linear_shortcut",
     "logit_lens",
     "relevancy",
+    "self_correct",
     "selfie",
     "superscope",
 ]

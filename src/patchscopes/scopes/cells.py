@@ -20,13 +20,13 @@ class Cell:
     draw: int
 
 
-def product(n_places: int, pairs: Sequence[tuple[int, int]], n_targets: int, maps: Sequence[Map], draws: int) -> list[Cell]:
-    """Every combination."""
+def product(targets: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]], maps: Sequence[Map], draws: int) -> list[Cell]:
+    """Every combination. targets: of each place the numbers of its target prompts."""
     return [
         Cell(place, source_layer, target, target_layer, f, draw)
-        for place in range(n_places)
+        for place, own in enumerate(targets)
         for source_layer, target_layer in pairs
-        for target in range(n_targets)
+        for target in own
         for f in range(len(maps))
         for draw in range(draws)
     ]

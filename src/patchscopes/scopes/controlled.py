@@ -65,9 +65,10 @@ class Controls:
         """Read what the controls of these places need."""
         others = {k for p in places for kind, k in self.others(p) if kind == "call"}
         self.viewing.sight.need(places | others)
-        self.second.need(places | others)
         self.pool_first.need(range(len(self.pool)))
-        self.pool_second.need(range(len(self.pool)))
+        if self.viewing.evidence:
+            self.second.need(places | others)
+            self.pool_second.need(range(len(self.pool)))
 
     def others(self, p: int) -> list[tuple[str, int]]:
         """("call", place) or ("pool", k) of the sources that place p is compared with: never its own prompt. They are the same for all
@@ -167,8 +168,10 @@ def evidence_of(
     """The evidence columns of every cell. `texts_of`: the tokens that each reading said."""
     found: dict[Cell, dict[str, Any]] = {}
     done = 0
-    for t in range(len(world.viewing.targets)):
-        mine = [cell for cell in cells if cell.target == t]
+    by_target: dict[int, list[Cell]] = {}
+    for cell in cells:
+        by_target.setdefault(cell.target, []).append(cell)
+    for mine in by_target.values():
         for chunk in (mine[i : i + CELLS_AT_ONCE] for i in range(0, len(mine), CELLS_AT_ONCE)):
             vectors = _under_vectors(world, chunk, texts_of)
             words = _under_words(world, chunk, texts_of)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from patchscopes.core.names import LENSES, SLOT, require_scope
+from patchscopes.scopes.back_patch import back_patch
 from patchscopes.scopes.describe import describe
 from patchscopes.scopes.embedding_space import embedding_space
 from patchscopes.scopes.extract import extract
@@ -18,6 +19,8 @@ def named(scope: str) -> Patchscope:
     require_scope(scope)
     if SLOT in scope:
         return extract(scope)
+    if scope == "back-patch":
+        return back_patch()
     if scope == "describe":
         return describe(stop=(",", "\n"))  # one entity's description, not the list going on
     if scope in LENSES:

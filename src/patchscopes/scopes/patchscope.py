@@ -25,7 +25,6 @@ from patchscopes.model.tokens import Position
 from patchscopes.scopes.readings import SCHEMA, Readings
 from patchscopes.scopes.source import Source
 from patchscopes.scopes.spread import Carry, Spread
-from patchscopes.scopes.target import PLACEHOLDER
 from patchscopes.scopes.viewing import Progress, Viewing
 
 
@@ -33,9 +32,9 @@ from patchscopes.scopes.viewing import Progress, Viewing
 class Patchscope:
     """(T, i*, f, M*, ℓ*), and how to go on from there. Call it on a `Source`, or on several of one model.
 
-    prompt          T, or several; slots "{x}" may mark the places to patch
+    prompt          T, or several; slots "{x}" may mark the places to patch. None: T = S, each source's own prompt
     position        i*: a piece of text or an index; not needed with a slot; several of them, or several slots: all of them are
-                    patched; "same": i* = i
+                    patched; "same": i* = i. None: the text "x", or where T = S "same"
     layer           ℓ*: a layer, a list or range of them, "all", or "same" (ℓ* = ℓ); for other sites than "resid" the index of a block
     map             f, or several
     model           M*; None: the source's model
@@ -53,8 +52,8 @@ class Patchscope:
     second_look     the neutral text behind which sources are read again for their evidence
     """
 
-    prompt: Prompt | Sequence[Prompt]
-    position: Position | Sequence[Position] = PLACEHOLDER
+    prompt: Prompt | Sequence[Prompt] | None
+    position: Position | Sequence[Position] | None = None
     layer: Layers = "same"
     map: Map | Sequence[Map] = Identity()
     model: Model | None = None
@@ -78,15 +77,17 @@ class Patchscope:
         controls: bool = True,
         keep_logits: bool = False,
         *,
+        evidence: bool = True,
         progress: Progress = lambda done, of, what: None,
     ) -> Readings:
         """Every combination of the source's prompts, positions and layers with the scope's prompts, layers, maps and draws.
 
         controls     also run every cell with nothing, a random vector, another source's vector and the layer's mean patched in, and
                      with the source's own words in the placeholder's place; and compute the evidence of each reading
+        evidence     False: only the rows of the controls, without the evidence, which takes some 30 runs of each text
         keep_logits  keep the next-token logits of every row of the table
         """
-        viewing = Viewing(self, source, controls)
+        viewing = Viewing(self, source, controls, evidence)
         outcomes = viewing.read(keep_logits=keep_logits, strict=True, progress=progress)
         table = pl.DataFrame([row for outcome in outcomes for row in outcome.rows], schema=SCHEMA)
         logits = torch.stack([one for outcome in outcomes for one in outcome.logits or ()]) if keep_logits else None

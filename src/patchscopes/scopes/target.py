@@ -8,15 +8,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from patchscopes.core.edits import Edit
-from patchscopes.core.errors import PositionError, PromptError
+from patchscopes.core.errors import InputError, PositionError, PromptError
 from patchscopes.core.names import SLOT
 from patchscopes.core.positions import Span
 from patchscopes.engine.edits import Placed
 from patchscopes.model.model import Model, Prompt
 from patchscopes.model.tokens import Position, Tokens
+from patchscopes.scopes.source import Place
 
 PLACEHOLDER = "x"
 SAME = "same"  # as a position: i* = i
+OWN = "(the source's own prompt)"  # how a target is shown where T = S
 
 Hole = tuple[int, int]
 
@@ -101,12 +103,15 @@ class Target:
         return tokens
 
 
-def resolve_target(model: Model, prompt: Prompt, position: Position | Sequence[Position], edits: Sequence[Edit] = ()) -> Target:
+def resolve_target(
+    model: Model, prompt: Prompt, position: Position | Sequence[Position] | None, edits: Sequence[Edit] = ()
+) -> Target:
     """The target prompt with its i*.
 
     Slots "{x}" in the prompt stand for the placeholder and settle the positions; else `position` is an index or a piece of text, or
-    several, or "same" (i* = i, which `Target.at` fills in). PositionError if a placeholder is absent or ambiguous.
+    several, or "same" (i* = i, which `Target.at` fills in). None: "x". PositionError if a placeholder is absent or ambiguous.
     """
+    position = PLACEHOLDER if position is None else position
     if isinstance(prompt, str) and SLOT in prompt:
         text = prompt.replace(SLOT, PLACEHOLDER)
         tokens, pieces = model.tokens(text), prompt.split(SLOT)[:-1]
@@ -152,3 +157,15 @@ def _joined(text: str, holes: Sequence[Hole]) -> tuple[Hole, ...]:
         elif not found or start >= found[-1][1]:
             found.append((start, stop))
     return tuple(found)
+
+
+def own_target(place: Place, position: Position | Sequence[Position] | None, model: Model, edits: Sequence[Edit]) -> Target:
+    """T = S: a source's own prompt as the target; i* = i, unless other positions are given. Nothing stands for the state there, so no
+    words can take its place. InputError for a vector without a prompt."""
+    if place.tokens is None:
+        raise InputError(
+            f"{place.text!r} is a vector without a prompt, so it cannot go back into its own; expected sources that are prompts"
+        )
+    if position is None or position == SAME:
+        return Target(place.tokens, tuple(place.positions), (), model, edits)
+    return replace(resolve_target(model, place.tokens, position, edits), holes=())

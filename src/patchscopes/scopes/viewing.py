@@ -35,7 +35,7 @@ from patchscopes.scopes.controlled import Controls, evidence_of
 from patchscopes.scopes.sight import Sight
 from patchscopes.scopes.source import Place, Source
 from patchscopes.scopes.spread import require_spread, row_of, steps
-from patchscopes.scopes.target import SAME, Target, resolve_target
+from patchscopes.scopes.target import OWN, SAME, Target, own_target, resolve_target
 
 if TYPE_CHECKING:
     from patchscopes.scopes.patchscope import Patchscope
@@ -70,10 +70,10 @@ class _Said:
 class Viewing:
     """Sources of one model under one scope. Everything that can be wrong with them is said when it is made; nothing has run yet."""
 
-    def __init__(self, scope: Patchscope, source: Source | Sequence[Source], controls: bool = True):
-        self.scope = scope
+    def __init__(self, scope: Patchscope, source: Source | Sequence[Source], controls: bool = True, evidence: bool = True):
+        self.scope, self.evidence = scope, evidence
         self.sources = [source] if isinstance(source, Source) else list(source)
-        self.origin, self.target_model, self.targets = self._check()
+        self.origin, self.target_model = self._check()
         self.site = self.sources[0].site
         self.places: list[Place] = []
         self.prompts: list[int] = []  # of every place the number of its prompt, counted over all sources
@@ -81,6 +81,7 @@ class Viewing:
             own, start = one.places(), self.prompts[-1] + 1 if self.prompts else 0
             self.places += own
             self.prompts += [start + place.prompt for place in own]
+        self.targets = self._targets()
         self.layers = self.sources[0].layers()
         self.pairs = self._layer_pairs()
         self.maps: list[Map] = [scope.map] if callable(scope.map) else list(scope.map)
@@ -97,7 +98,9 @@ class Viewing:
     @cached_property
     def cells(self) -> list[Cell]:
         """Every combination of the sources' prompts, positions and layers with the scope's prompts, layers, maps and draws."""
-        return product(len(self.places), self.pairs, len(self.targets), self.maps, self.scope.draws)
+        everyone = range(len(self.targets))
+        own = [[k] if self.own else everyone for k in range(len(self.places))]
+        return product(own, self.pairs, self.maps, self.scope.draws)
 
     def identity(self, cell: Cell) -> str:
         """The content of a cell: the same wherever it stands in whatever call."""
@@ -170,6 +173,7 @@ class Viewing:
         parts += [scope.second_look if self.controls else None]
         parts += [(scope.spread, scope.carry)] if scope.spread != "here" else []
         parts += [f"guidance {scope.guidance}"] if scope.guidance else []
+        parts += [] if self.evidence or not self.controls else ["no evidence"]
         return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
     def kinds(self, cell: Cell) -> list[str]:
@@ -185,7 +189,7 @@ class Viewing:
             "position": place.position,
             "token": place.token,
             "source_layer": cell.source_layer,
-            "target": cell.target,
+            "target": 0 if self.own else cell.target,
             "target_layer": cell.target_layer,
             "map": self.maps[cell.map].name,
             "draw": cell.draw,
@@ -223,7 +227,7 @@ class Viewing:
         said = self._generate(requests, keep_logits, top_k, progress)
         well = list(keys)
         texts = {cell: said[keys[cell][0][1]].tokens for cell in well}
-        evidence = evidence_of(self.controls, well, texts, progress) if self.controls else {}
+        evidence = evidence_of(self.controls, well, texts, progress) if self.controls and self.evidence else {}
         outcomes = []
         for cell in cells:
             if cell in errors:
@@ -325,7 +329,28 @@ class Viewing:
 
     # -------------------------------------------------------------------------------------------------------- making
 
-    def _check(self) -> tuple[Model, Model, list[Target]]:
+    @property
+    def own(self) -> bool:
+        """Whether T = S: then target number k is the prompt of place number k."""
+        return self.scope.prompt is None
+
+    def _targets(self) -> list[Target]:
+        """The target prompts; what is wrong with them and their edits is said now."""
+        scope, model = self.scope, self.target_model
+        if scope.prompt is None:
+            if not self._one_vocabulary:
+                raise InputError(
+                    f"{model.name} has other tokens than {self.origin.name}, so it cannot read the same prompt; give target prompts"
+                )
+            targets = [own_target(place, scope.position, model, scope.edits) for place in self.places]
+        else:
+            prompts = [scope.prompt] if isinstance(scope.prompt, (str, Tokens)) else list(scope.prompt)
+            targets = [resolve_target(model, prompt, scope.position, scope.edits) for prompt in prompts]
+        for target in targets:
+            _ = target.more
+        return targets
+
+    def _check(self) -> tuple[Model, Model]:
         scope, sources = self.scope, self.sources
         if not sources:
             raise PromptError("no source was given; expected at least one")
@@ -352,17 +377,14 @@ class Viewing:
         require_spread(scope.spread, scope.carry)
         if not math.isfinite(scope.guidance):
             raise InputError(f"guidance is {scope.guidance}; expected a finite number, 0 for none")
-        prompts = [scope.prompt] if isinstance(scope.prompt, (str, Tokens)) else list(scope.prompt)
-        targets = [resolve_target(target_model, prompt, scope.position, scope.edits) for prompt in prompts]
-        for target in targets:
-            _ = target.more  # what is wrong with the edits is said now
-        return origin, target_model, targets
+        return origin, target_model
 
     def _check_places(self) -> None:
         """PositionError where a source's states have no places in a target; PromptError where a target gets too long."""
         scope, model = self.scope, self.target_model
         firsts = {(place.span, place.position): p for p, place in enumerate(self.places)}
-        for p, t in ((p, t) for p in firsts.values() for t in range(len(self.targets))):
+        pairs = [(p, t) for p in firsts.values() for t in range(len(self.targets))]
+        for p, t in [(p, p) for p in range(len(self.places))] if self.own else pairs:
             target = self.target_of(Cell(p, 0, t, 0, 0, 0))
             _ = target.more
             if model.context is not None and len(target.tokens) + scope.max_new_tokens > model.context:
@@ -419,9 +441,7 @@ class Viewing:
             "source_layers": self.layers,
             "scope": {
                 "name": scope.name,
-                "targets": [
-                    {"text": t.tokens.text, "ids": list(t.tokens.ids), "position": _where(t.positions)} for t in self.targets
-                ],
+                "targets": self._described_targets(),
                 "layer": _asked(scope.layer, self.pairs),
                 "map": [f.name for f in self.maps],
                 "max_new_tokens": scope.max_new_tokens,
@@ -438,6 +458,11 @@ class Viewing:
             },
             "controls": self.controls.provenance() if self.controls else None,
         }
+
+    def _described_targets(self) -> list[dict[str, Any]]:
+        if self.own:  # the prompts are known as sources; here is only where they are written
+            return [{"text": OWN, "ids": None, "position": SAME if self.scope.position is None else self.scope.position}]
+        return [{"text": t.tokens.text, "ids": list(t.tokens.ids), "position": _where(t.positions)} for t in self.targets]
 
 
 def _asked(layer: Layers, pairs: list[tuple[int, int]]) -> int | str | list[int]:

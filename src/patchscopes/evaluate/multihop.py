@@ -1,0 +1,280 @@
+"""Multi-hop self-correction: does a question of two hops come out right if the second hop goes on from the state that ends the first?
+
+For questions whose hops the model both knows: the state at layer ℓ of the end of the first hop's phrase π1 is patched at layer ℓ* into
+the second hop's, for all ℓ and ℓ*; a question is corrected if some pair says the answer (Ghandeharioun et al. 2024, section 5, appendix F).
+
+    phrases   S = π1, T = π2 ("The capital of"), i* its last token: two prompts, as in the published code
+    slot      S = π1, T = π2 as a sentence with x in the first hop's place ("The capital of x is"), i* = x
+    query     T = S = [π2][π1], i its last token, i* the token before π1: the paper's other form
+
+The paper's 50 % is the best of 1,600 pairs, beside one try of the question. Here the failed and the answered questions are kept apart, and
+beside the best of N stand as many tries with other questions' states and with random vectors, and one pair that was chosen on half of
+the bridge entities: how many failed questions it corrects, and how many answered ones it keeps.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from patchscopes.core.errors import InputError
+from patchscopes.evaluate import statistics, tries
+from patchscopes.evaluate.frame import Asked, Bars, Result, Table, caveats_of, recorded, settings_of
+from patchscopes.evaluate.hops import Outcome, Question, asking, filtered, funnel, questions_of, right, said
+from patchscopes.evaluate.tries import KINDS, Hits
+from patchscopes.runs.spec import Experiment
+
+if TYPE_CHECKING:
+    from patchscopes.runs import Run
+
+TITLE = "Multi-hop self-correction"
+PAPER = "Ghandeharioun et al. 2024, Patchscopes, section 5 and appendix F"
+N, QUICK_N, MOST, QUICK_MOST = 800, 240, 48, 8
+STEP_BY_STEP = "Let's think step by step. "
+FORMS = ("phrases", "slot", "query")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every choice, as in the paper.
+
+    tokens      said at most
+    forms       of those in the module's docstring
+    layers      source layers, and target layers
+    test        "paper": an answer anywhere in the text; "words": as whole words
+    most        failed questions that are patched, and as many answered ones, at most
+    shortcuts   whether questions with a shortcut are kept, as in the paper
+    """
+
+    tokens: int = 20
+    forms: tuple[str, ...] = FORMS
+    layers: str = "1:"
+    target_layers: str = "1:"
+    test: Literal["paper", "words"] = "paper"
+    most: int | None = None
+    shortcuts: bool = True
+
+
+def plan(asked: Asked, settings: Settings) -> list[Experiment]:
+    """What will be run: the questions in all forms, and as many as may be patched."""
+    questions, _, stop = _questions(asked)
+    some = questions[: _most(asked, settings)]
+    one = dict.fromkeys(settings.forms, (1, 1))
+    asking_, patching = _asking(asked, settings, questions, stop), _patching(asked, settings, some, stop)
+    return [asking_, patching, _patching(asked, settings, some, stop, one)]
+
+
+def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
+    """The figures of the module's docstring."""
+    settings = settings or Settings()
+    if unknown := sorted(set(settings.forms) - set(FORMS)):
+        raise InputError(f"unknown form {', '.join(unknown)}; expected some of {', '.join(FORMS)}")
+    questions, notes, stop = _questions(asked)
+    first = recorded(asked, _asking(asked, settings, questions, stop))
+    texts = said(first)
+    outcomes = filtered(questions, texts, settings.test)
+    known = [one for one in outcomes if one.knows and (settings.shortcuts or one.studied) and one.question.second is not None]
+    failed = [one.question for one in known if not one.passed["composition"]][: _most(asked, settings)]
+    answered = [one.question for one in known if one.passed["composition"]][: _most(asked, settings)]
+    if not failed:
+        raise InputError(
+            f"the model fails at none of {len(known):,} questions of two hops that it knows; give more questions (--n)"
+        )
+    runs = [first, recorded(asked, _patching(asked, settings, failed, stop))]
+    found = _hits(runs[1], settings, failed)
+    scores = {form: figures(hits, failed, asked.seed) for form, hits in found.items()}
+    pairs = {form: own["pair"] for form, own in scores.items() if "pair" in own}
+    if pairs and answered:
+        runs.append(recorded(asked, _patching(asked, settings, answered, stop, pairs)))
+        for form, hits in _hits(runs[2], settings, answered).items():
+            scores[form] |= kept(hits, answered, asked.seed)
+    own, deviations = settings_of(settings, asked)
+    return result(
+        failed,
+        answered,
+        found,
+        scores,
+        asked_scores(known, texts, settings.test, asked.seed),
+        funnel(outcomes),
+        asked.seed,
+        settings=own,
+        deviations=(*deviations, "The questions are not those of the paper, whose file is not published."),
+        caveats=(*notes, *caveats_of(runs)),
+        runs=tuple(runs),
+    )
+
+
+def _most(asked: Asked, settings: Settings) -> int:
+    return settings.most or (QUICK_MOST if asked.quick else MOST if asked.data is None else 10**9)
+
+
+def _questions(asked: Asked) -> tuple[list[Question], list[str], tuple[str, ...]]:
+    """A sample, drawn by the seed, of those that can be taken apart; notes; what ends an answer."""
+    data = questions_of(asked.data)
+    items = [one for one in data.items if one.second is not None]
+    notes = list(data.notes)
+    if len(items) < len(data.items):
+        notes.append(f"{len(data.items) - len(items):,} questions were left out: their second relation does not end in its slot")
+    random.Random(asked.seed).shuffle(items)
+    if not items:
+        raise InputError(f"{data.name} has no question whose second relation ends in its slot")
+    return items[: asked.items(N, QUICK_N)], notes, data.stop
+
+
+def _asking(asked: Asked, settings: Settings, questions: Sequence[Question], stop: Sequence[str]) -> Experiment:
+    texts = [text for one in questions for text in (*one.prompts.values(), STEP_BY_STEP + one.text)]
+    return asking(asked, "two-hop-asked", texts, tokens=settings.tokens, stop=stop)
+
+
+def _source(form: str, question: Question) -> tuple[str, dict[str, Any]]:
+    """The source prompt of a question, and the scope of all that share its second relation."""
+    second = question.second or ""
+    if form == "query":
+        return question.text.removesuffix(" is"), {"preset": "back-patch", "at": f"{second}#1"}
+    sentence = f"{question.r2.replace('{}', '{x}')} is"
+    return question.phrase, {"prompt": sentence} if form == "slot" else {"prompt": second, "at": -1}
+
+
+def _hits(run: Run, settings: Settings, questions: Sequence[Question]) -> dict[str, Hits]:
+    table = run.table(status="ok")
+    there = set(table["part"])
+    wanted = {form: [(f"{form}: {q.second}", _source(form, q)[0], q) for q in questions] for form in settings.forms}
+    return {form: tries.hits_at(table, some, settings.test) for form, some in wanted.items() if some[0][0] in there}
+
+
+def _patching(
+    asked: Asked,
+    settings: Settings,
+    questions: Sequence[Question],
+    stop: Sequence[str],
+    pairs: Mapping[str, tuple[int, int]] | None = None,
+) -> Experiment:
+    """Every pair of layers; or of each form only the one in `pairs`."""
+    parts: dict[str, dict[str, Any]] = {}
+    for form in settings.forms if pairs is None else pairs:
+        layer, other = (settings.layers, settings.target_layers) if pairs is None else pairs[form]
+        for one in questions:
+            text, scope = _source(form, one)
+            scope |= {"name": form, "layer": other, "tokens": settings.tokens}
+            part = parts.setdefault(f"{form}: {one.second}", {"prompts": {}, "scope": scope, "layers": layer})
+            part["prompts"][text] = {"text": text, "at": -1}
+    return Experiment.model_validate(
+        {
+            "name": "multihop" if pairs is None else "multihop-kept",
+            "model": dict(asked.model) if not isinstance(asked.model, str) else asked.model,
+            "stop": list(stop),
+            "evidence": False,
+            "seed": asked.seed,
+            "on_bad_prompt": "skip",
+            "parts": [{"name": name, **part, "prompts": list(part["prompts"].values())} for name, part in parts.items()],
+        }
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- scoring
+
+
+def asked_scores(known: Sequence[Outcome], texts: dict[str, str], test: str, seed: int) -> dict[str, Any]:
+    """How many questions whose hops are known are answered as they are, and behind "Let's think step by step." """
+    clusters = [one.question.e2[0] for one in known]
+    plain = [float(bool(one.passed["composition"])) for one in known]
+    stepwise = [float(right(texts.get(STEP_BY_STEP + one.question.text), one.question.e3, test)) for one in known]
+    return {
+        "vanilla": statistics.rate(plain, clusters, seed=seed),
+        "step_by_step": statistics.rate(stepwise, clusters, seed=seed),
+    }
+
+
+def figures(found: Hits, failed: Sequence[Question], seed: int = 0) -> dict[str, Any]:
+    """Those of `tries.figures` among the failed questions and all pairs."""
+    return tries.figures(found, np.ones(len(found.pairs), bool), [one.e2[0] for one in failed], seed)
+
+
+def kept(found: Hits, answered: Sequence[Question], seed: int = 0) -> dict[str, Any]:
+    """How many answered questions are right under the one pair."""
+    clusters = [one.e2[0] for one in answered]
+    kinds = [kind for kind in KINDS if kind in found.hits]
+    return {f"kept {kind}": statistics.rate(found.hits[kind][:, 0].astype(float), clusters, seed=seed) for kind in kinds}
+
+
+def claim(form: str, scores: dict[str, Any]) -> str:
+    """What may be said, whichever way it points."""
+    told = f"{form}: some one of {scores['n_tries']} pairs corrects {scores['any_of_N none']} of the failed questions"
+    if "any_of_N other" in scores:
+        p = scores["p"]
+        better = scores["any_of_N none"].value > scores["any_of_N other"].value
+        told += f", as many tries with other questions' states {scores['any_of_N other']} (McNemar p = {p:.2g}: "
+        told += "no difference shown)" if p >= 0.05 else "the own state is better)" if better else "the other's is better)"
+        told += f", with random vectors {scores['any_of_N random']}. One try corrects {scores['per_try none']}, "
+        told += f"another's state {scores['per_try other']}"
+    if "held_out none" in scores:
+        layer, other = scores["pair"]
+        told += f". One pair, {layer} into {other}, chosen on other bridge entities, corrects {scores['held_out none']}"
+        told += f", with another question's state {scores['held_out other']}" if "held_out other" in scores else ""
+        told += f"; of answered questions it keeps {scores['kept none']}" if "kept none" in scores else ""
+    return told + "."
+
+
+def result(
+    failed: Sequence[Question],
+    answered: Sequence[Question],
+    found: dict[str, Hits],
+    scores: dict[str, dict[str, Any]],
+    plain: dict[str, Any],
+    counts: Sequence[tuple[str, int]],
+    seed: int,
+    **more: Any,
+) -> Result:
+    """As the frame has it. The p-values of several forms are adjusted together (Holm)."""
+    tested = [form for form in scores if "p" in scores[form]]
+    for form, p in zip(tested, statistics.holm([scores[form]["p"] for form in tested]), strict=True):
+        scores[form]["p"] = p
+    headline: dict[str, Any] = {"asked as it is": plain["vanilla"], "asked step by step": plain["step_by_step"]}
+    rows = []
+    for form, own in scores.items():
+        n = own["n_tries"]
+        for kind, name in KINDS.items():
+            if f"any_of_N {kind}" in own:
+                headline[f"{form}: {name}, any of {n}"] = own[f"any_of_N {kind}"]
+                headline |= {f"{form}: {name}, held-out pair": own[f"held_out {kind}"]} if "pair" in own else {}
+            values = (tries.share(own.get(f"{figure} {kind}")) for figure in ("per_try", "any_of_N", "held_out", "kept"))
+            rows.append((form, name, *values))
+    columns = ("a try", "any of N", "held-out pair", "answered, kept")
+    bars = [(name, tuple(own.get(f"any_of_N {kind}") for own in scores.values())) for kind, name in KINDS.items()]
+    return Result(
+        "multihop",
+        TITLE,
+        PAPER,
+        (
+            f"Of the questions both of whose hops it knows the model answers {plain['vanilla']}; "
+            f"told to think step by step {plain['step_by_step']}.",
+            *(claim(form, own) for form, own in scores.items()),
+        ),
+        headline,
+        {"asked": plain, "forms": scores, "funnel": dict(counts), "failed": len(failed), "answered": len(answered)},
+        (
+            Table("Questions", "How many are left after each filter", ("filter", "questions"), tuple(counts)),
+            Table(
+                "Corrected",
+                "Share of failed questions that came out right; and of answered ones that the held-out pair keeps right",
+                ("form", "what is written", *columns),
+                tuple(rows),
+                columns,
+            ),
+        ),
+        (
+            Bars(
+                "corrected",
+                "Failed questions corrected by some one of N pairs, 95 % intervals",
+                "share",
+                tuple(scores),
+                tuple(bars),
+            ),
+            *(tries.heat(form, hits, scores[form].get("pair")) for form, hits in found.items()),
+        ),
+        **more,
+    )

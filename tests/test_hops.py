@@ -1,0 +1,358 @@
+"""Questions of two hops: their readers, filters and classification; back-patching and self-correction scored on tables worked by hand."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from patchscopes.core.errors import InputError, NotAvailableError
+from patchscopes.evaluate import back_patching, hop_stages, multihop, tries
+from patchscopes.evaluate.frame import Asked
+from patchscopes.evaluate.hops import COLUMNS, Question, bare, classify, filtered, funnel, questions_of, right
+from patchscopes.organisms.atlas.facts import world
+
+NEPAL = Question("Mount Everest", ("Nepal",), ("Kathmandu", "Katmandu"), "the country of {}", "The capital of {}")
+PERU = Question("Machu Picchu", ("Peru",), ("Lima",), "the country of {}", "The capital of {}")
+
+
+# ------------------------------------------------------------------------------------------------------------------------- questions
+
+
+def test_what_is_asked() -> None:
+    assert NEPAL.text == "The capital of the country of Mount Everest is"
+    assert (NEPAL.phrase, NEPAL.second) == ("the country of Mount Everest", "The capital of")
+    assert NEPAL.prompts == {
+        "first_hop": "The country of Mount Everest is",
+        "second_hop": "The capital of Nepal is",
+        "composition": NEPAL.text,
+        "entity_shortcut": "The capital of Mount Everest is",
+        "relation_shortcut": "The capital of the country is",
+    }
+    assert (NEPAL.answers("first_hop"), NEPAL.answers("composition")) == (("Nepal",), ("Kathmandu", "Katmandu"))
+    assert Question("a", ("b",), ("c",), "the spouse of {}", "{} has a father named").second is None
+    assert not NEPAL.gives_away and Question("Lima's wall", ("Peru",), ("Lima",), "{}", "{}").gives_away
+
+
+def test_a_relation_without_its_entity_is_well_formed() -> None:
+    given = (
+        "the country of {}",
+        "the company that produced {}",
+        "the work that features {}",
+        "the chief executive officer of {}",
+    )
+    assert [bare(one) for one in given] == ["the country", "the company", "the work", "the chief executive officer"]
+
+
+def test_those_of_atlas_are_all_that_training_held_out() -> None:
+    found = questions_of(None)
+    assert len(found.items) == sum(hop.held_out for hop in world().two_hops) > 2000
+    assert found.stop == (".",) and not found.notes
+
+
+def row(**other: str) -> dict[str, str]:
+    whole = dict.fromkeys(COLUMNS, "")
+    whole |= {
+        "e1_label": "Inception",
+        "e2_label": "Nolan",
+        "e3_label": "Emma",
+        "e2_aliases": "['C. Nolan', 'N']",
+        "e3_aliases": "[]",
+    }
+    return {**whole, "r1_template": "the director of {}", "r2_template": "the spouse of {}", **other}
+
+
+def write(path: Path, rows: list[dict[str, str]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(itertools.chain(*rows))), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_the_public_csv_is_read_and_corrupt_rows_are_counted(tmp_path: Path) -> None:
+    good = row(source_prompt="the spouse of the director of Inception is")
+    rows = [good, good, row(e3_label=""), row(e2_aliases="['a"), row(e3_aliases="3"), row(r1_template="the director")]
+    rows += [row(source_prompt="the spouse of Inception is"), row(e3_aliases="[" * 500)]
+    found = questions_of(write(tmp_path / "two_hop.csv", rows))
+    assert found.items == (Question("Inception", ("Nolan", "C. Nolan"), ("Emma",), "the director of {}", "the spouse of {}"),)
+    assert found.items[0].prompts["first_hop"] == "the director of Inception is"
+    told = " ".join(found.notes)
+    for what in (
+        "1 of 8 rows",
+        "a cell is missing",
+        "3 of 8 rows",
+        "aliases are no list",
+        "not exactly one {}",
+        "not that of its templates",
+    ):
+        assert what in told, what
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(NotAvailableError, match="no file"):
+        questions_of(tmp_path / "none.csv")
+    with pytest.raises(InputError, match="no column e2_aliases"):
+        questions_of(write(tmp_path / "a.csv", [{k: v for k, v in row().items() if k != "e2_aliases"}]))
+    with pytest.raises(InputError, match="no row that can be used"):
+        questions_of(write(tmp_path / "b.csv", [row(e1_label="")]))
+    (tmp_path / "c.csv").write_bytes(b"\xff\xfe\x00e1")
+    with pytest.raises(InputError):
+        questions_of(tmp_path / "c.csv")
+
+
+# --------------------------------------------------------------------------------------------------------------------------- scoring
+
+
+def test_right_by_the_papers_test_and_by_words() -> None:
+    assert right(" LIMAnea", ("Lima",)) and not right(" LIMAnea", ("Lima",), "words")
+    assert right("it is Lima.", ("Lima",), "words") and not right("", ("Lima",)) and not right(None, ("Lima",))
+    assert not right("a", ("a",))  # of one letter
+
+
+def test_filters_on_planted_answers() -> None:
+    texts = {
+        NEPAL.prompts[what]: text
+        for what, text in zip(NEPAL.prompts, (" Nepal", " Kathmandu", " Lima", " Himalaya", " Oslo"), strict=True)
+    }
+    texts |= {PERU.prompts["first_hop"]: " Peru", PERU.prompts["second_hop"]: " Lima", PERU.text: " Lima"}
+    texts |= {PERU.prompts["entity_shortcut"]: " Lima"}
+    unknown = Question("Atlantis", ("Greece",), ("Athens",), "the country of {}", "The capital of {}")
+    outcomes = filtered([NEPAL, PERU, unknown], texts, "words")
+    assert [(one.knows, one.shortcut, one.studied, one.passed["composition"]) for one in outcomes] == [
+        (True, False, True, False),
+        (True, True, False, True),
+        (False, False, False, None),
+    ]
+    counts = [n for _, n in funnel(outcomes)]
+    assert counts == [3, 2, 2, 1, 1, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "which"),
+    [
+        (": Mount Everest is a mountain", "e1"),
+        (": Nepal is a country", "e2"),
+        ("x: nepal, a country", "e2"),
+        (": a city: Katmandu", "e3"),
+        (": Kathmandu.", "e3"),
+        (" Nepal: Kathmandu is its capital", "e2"),
+        ("Nepal is a country", "other"),
+        (": Nepalese cook", "other"),
+        ("", "other"),
+    ],
+)
+def test_descriptions_are_classified(text: str, which: str) -> None:
+    assert classify(text, NEPAL) == which
+
+
+def patched(said: dict[tuple[str, int, int], str], kind: str, where: str = "last") -> list[dict]:
+    return [
+        {
+            "part": where,
+            "prompt_text": question.text,
+            "control": kind,
+            "source_layer": a,
+            "target_layer": b,
+            "text": said.get((question.e1, a, b), ""),
+        }
+        for question in (NEPAL, PERU)
+        for a, b in itertools.product((1, 2, 3), repeat=2)
+    ]
+
+
+def test_back_patching_is_scored_by_hand() -> None:
+    own = {("Mount Everest", 3, 1): " Kathmandu", ("Mount Everest", 2, 1): "Katmandu", ("Machu Picchu", 1, 2): " Lima"}
+    table = pl.DataFrame(
+        patched(own, "none")
+        + patched({("Machu Picchu", 3, 2): "in Lima"}, "other")
+        + patched({}, "random")
+        + patched(own, "none", "bridge")
+    )
+    hits = tries.hits_of(table, (NEPAL, PERU), "last", "paper")
+    assert hits.pairs == tuple(itertools.product((1, 2, 3), repeat=2))
+    assert hits.hits["none"].sum() == 3 and hits.hits["random"].sum() == 0
+    scores = back_patching.figures(hits, ["Nepal", "Peru"])
+    assert scores["n_tries"] == 3
+    assert scores["any_of_N none"].value == 0.5 and scores["per_try none"].value == pytest.approx(2 / 6)
+    assert (
+        scores["any_of_N other"].value == 0.5 and scores["any_of_N random"].value == 0 and scores["any_of_N forward"].value == 0.5
+    )
+    assert scores["p"] == 1.0  # one question each way
+    assert "does no better than another's" in back_patching.claim("last", scores)
+
+
+@pytest.mark.parametrize(
+    ("better", "said"), [("none", "does better than another's"), ("other", "Another question's state does better")]
+)
+def test_the_direction_is_stated_either_way(better: str, said: str) -> None:
+    n = 12
+    hits = {kind: np.zeros((n, 2), bool) for kind in ("none", "other", "random")}
+    hits[better][:, 1] = True
+    scores = back_patching.figures(tries.Hits(((1, 2), (2, 1)), hits), [f"c{k}" for k in range(n)])
+    assert scores["p"] == pytest.approx(2 / 2**n)
+    assert said in back_patching.claim("bridge", scores)
+    assert scores["pair"] == (2, 1) and scores[f"held_out {better}"].value == 1
+
+
+# --------------------------------------------------------------------------------------------------------------------------- whole
+
+
+def test_back_patching_on_atlas_is_recorded_and_instant_again(tmp_path: Path) -> None:
+    asked = Asked(n=90, quick=True, runs=tmp_path)
+    settings = back_patching.Settings(positions=("last",), most=3, tokens=4)
+    result = back_patching.evaluate(asked, settings)
+    assert len(result.runs) == 2 and result.scores["questions"] == 3
+    assert result.runs[1].cells == 3 * 64 * 5
+    assert {"any_of_N none", "any_of_N other", "any_of_N random", "any_of_N forward"} <= set(result.scores["places"]["last"])
+    assert "most = 3 instead of None" in result.deviations
+    json.dumps(result.to_json())
+    again = back_patching.evaluate(asked, settings)
+    assert [run.id for run in again.runs] == [run.id for run in result.runs]
+    assert [one.name for one in back_patching.plan(asked, settings)] == ["two-hop-asked", "back-patching"]
+    with pytest.raises(InputError, match="unknown position"):
+        back_patching.evaluate(asked, back_patching.Settings(positions=("middle",)))
+
+
+def test_self_correction_is_scored_by_hand() -> None:
+    pairs = ((1, 1), (2, 1))
+    own = np.array([[True, False], [False, False]])
+    other = np.zeros_like(own)
+    scores = multihop.figures(tries.Hits(pairs, {"none": own, "other": other, "random": other}), [NEPAL, PERU])
+    assert scores["n_tries"] == 2 and scores["any_of_N none"].value == 0.5 and scores["per_try none"].value == 0.25
+    assert scores["any_of_N other"].value == 0 and scores["p"] == 1.0
+    assert "no difference shown" in multihop.claim("phrases", scores)
+    kept = multihop.kept(tries.Hits(((2, 1),), {"none": own[:, :1]}), [NEPAL, PERU])
+    assert kept["kept none"].value == 0.5
+    scores |= {"pair": (2, 1), "held_out none": kept["kept none"], "held_out other": kept["kept none"]} | kept
+    assert "One pair, 2 into 1" in multihop.claim("slot", scores)
+
+
+def test_the_forms_of_self_correction() -> None:
+    assert multihop._source("phrases", NEPAL) == (NEPAL.phrase, {"prompt": "The capital of", "at": -1})
+    assert multihop._source("slot", NEPAL) == (NEPAL.phrase, {"prompt": "The capital of {x} is"})
+    query = ("The capital of the country of Mount Everest", {"preset": "back-patch", "at": "The capital of#1"})
+    assert multihop._source("query", NEPAL) == query
+
+
+def test_self_correction_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    from patchscopes.cli import main
+
+    sets = ("--set", "most=2", "--set", "tokens=3", "--set", "forms=slot,query", "--set", "target_layers=1:4")
+    args = ["patchscopes", "evaluate", "multihop", "--quick", "--n", "60", "--json", "--runs", str(tmp_path), *sets]
+    monkeypatch.setattr("sys.argv", args)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code in (0, None)
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["scores"]["forms"]) == {"slot", "query"} and found["scores"]["failed"] == 2
+    assert Path(found["page"]).exists() and len(found["runs"]) in (2, 3)
+    with pytest.raises(InputError, match="unknown form"):
+        multihop.evaluate(Asked(runs=tmp_path), multihop.Settings(forms=("other",)))
+
+
+# --------------------------------------------------------------------------------------------------------------------------- stages
+
+
+def test_windows_end_with_the_blocks() -> None:
+    assert hop_stages.windows(6, 1) == [(0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 5)]
+    assert set(hop_stages.windows(4, 9)) == {(0, 3)}
+
+
+def test_a_knockout_of_a_window_equals_a_full_pass_with_masks(tmp_path: Path) -> None:
+    import torch
+    from families import blocks_of, loaded
+    from oracle import error
+
+    import patchscopes as ps
+    from patchscopes.core.edits import load_edits
+
+    model, text = loaded("llama"), "the cat sat on"
+    ids = model.tokens(text).ids
+    n = len(ids)
+    source = ps.Source(model, text, layer=0)
+    scopes = hop_stages.knock_outs(model.n_layers, 1, 1, tmp_path)
+    assert [scope["name"] for scope in scopes] == ["-1", *map(str, range(model.n_layers))]
+    seen = []
+    for scope in scopes:
+        edits = load_edits(scope["edits"]) if "edits" in scope else ()
+        one = ps.Patchscope(None, layer=0, max_new_tokens=1, edits=edits)(source, controls=False, keep_logits=True)
+        window = range(0)
+        if edits:
+            first, last = hop_stages.windows(model.n_layers, 1)[int(scope["name"])]
+            window = range(first, last + 1)
+        hidden = torch.full((n, n), torch.finfo(torch.float32).min).triu(1)
+        hidden[-1, -2] = torch.finfo(torch.float32).min
+
+        def hide(_module, args, kwargs, hidden=hidden):
+            return args, {**kwargs, "attention_mask": hidden[None, None]}
+
+        handles = [blocks_of(model.hf, "llama")[b].register_forward_pre_hook(hide, with_kwargs=True) for b in window]
+        with torch.no_grad():
+            want = model.hf(torch.tensor([ids]), use_cache=False).logits[0, -1]
+        for handle in handles:
+            handle.remove()
+        assert one.logits is not None and error(one.logits[0], want) < 1e-4
+        seen.append(one.logits[0])
+    assert not torch.allclose(seen[0], seen[2])  # hiding an attended token changes something
+    future = ps.edits.knock_out("*", 1, -1)
+    later = ps.Patchscope(None, layer=0, max_new_tokens=1, edits=future)(source, controls=False, keep_logits=True)
+    assert later.logits is not None and error(later.logits[0], seen[0]) < 1e-5  # what comes later is not attended to anyway
+
+
+def stage_rows() -> list[dict]:
+    def one(part, kind, layer, text, scope="describe", token="", number=0):
+        head = {"prompt_text": NEPAL.text, "part": part, "control": kind, "scope": scope, "source_layer": layer}
+        return {**head, "text": text, "next_token": token, "next_token_id": number}
+
+    return [
+        one("bridge", "none", 2, ": mountain"),
+        one("bridge", "none", 3, ": mountain in Nepal"),
+        one("bridge", "none", 5, ": Nepal is a country"),
+        one("bridge", "other", 4, "in Nepal"),
+        one("last", "none", 6, ": Nepal"),
+        one("last", "none", 7, ": Kathmandu is a city"),
+        one("knock-out", "none", 0, " Kathmandu", "-1", " Kath", 9),
+        one("knock-out", "none", 0, " Katmandu", "0", " Kat", 8),  # right as well: not broken
+        one("knock-out", "none", 0, " Lima", "1", " Lima", 7),
+        one("attn_out", "none", 3, "", token=" Nep"),
+        one("attn_out", "none", 1, "", token=" K"),
+        one("mlp_out", "none", 2, "", number=4),
+        one("mlp_out", "none", 5, "", number=9),
+    ]
+
+
+def test_stages_are_found_by_hand() -> None:
+    table = pl.DataFrame(stage_rows())
+    found = hop_stages.stages(table, NEPAL, "named")
+    assert found.broken == (1,)
+    assert found.layers == {"first_hop": 3, "propagation": (2 + 4 + 6) / 3, "second_hop": 7, "extraction": 6}
+    assert found.null == {"e2 at bridge": (4,), "e2 at last": (), "e3 at last": ()}
+    paper = hop_stages.stages(table, NEPAL, "paper")
+    assert paper.layers["first_hop"] == 5 and paper.named["e2 at bridge"] == (5,)
+    nothing = hop_stages.stages(table.clear(), NEPAL, "named")
+    assert set(nothing.layers.values()) == {None}
+    scores = hop_stages.summary([found, nothing], [NEPAL, PERU])
+    assert scores["first_hop layer"] == 3 and scores["first_hop seen"].value == 0.5
+    assert scores["first_hop seen, another question's state"].value == 0.5
+
+
+def test_a_token_begins_a_name() -> None:
+    assert (
+        hop_stages.begins(" Nep", ("Nepal",))
+        and not hop_stages.begins(" N", ("Nepal",))
+        and not hop_stages.begins("", ("Nepal",))
+    )
+
+
+def test_stages_of_atlas(tmp_path: Path) -> None:
+    asked = Asked(n=90, quick=True, runs=tmp_path)
+    result = hop_stages.evaluate(asked, hop_stages.Settings(most=2, tokens=6))
+    assert set(result.scores["groups"]) == {"answered", "failed"} and len(result.runs) == 2
+    assert result.runs[1].counts["failed"] == 0
+    json.dumps(result.to_json())
