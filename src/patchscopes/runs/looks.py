@@ -23,6 +23,7 @@ from patchscopes.runs.prompts import Prompted, read_prompts, several
 from patchscopes.runs.spec import Experiment
 from patchscopes.runs.spec_tables import (
     AffineMap,
+    At,
     FileMap,
     JacobianLensMap,
     MapSpec,
@@ -221,8 +222,11 @@ def _scope(spec: ScopeSpec, part: Experiment, models: Mapping[str, Model], origi
 
 def _of_prompts(spec: ScopeSpec, model: Model) -> Patchscope:
     prompts = [one.text if one.text is not None else model.tokens(list(one.ids or ())) for one in spec.prompt or ()]
-    place = _listed(spec.at)
-    return replace(extract(SLOT), prompt=prompts[0] if len(prompts) == 1 else prompts, position=place)
+    return replace(extract(SLOT), prompt=prompts[0] if len(prompts) == 1 else prompts, position=_listed(spec.at))
+
+
+def _listed(at: At | None) -> Position | list[Position] | None:
+    return list(at) if isinstance(at, tuple) else at
 
 
 def _map(spec: MapSpec, model: Model) -> Map:
