@@ -229,8 +229,11 @@ class TestProvenance:
             "stop": [],
             "site": "resid",
             "write": "replace",
+            "spread": "here",
+            "carry": "one",
             "edits": [],
             "temperature": 0.0,
+            "guidance": 0.0,
             "draws": 1,
             "seed": 11,
         }

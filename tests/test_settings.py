@@ -149,7 +149,7 @@ def test_every_flag_is_a_key_with_its_help() -> None:
     for flag in FLAGS:
         assert flag.key in (ModelSpec.model_fields if flag.name in LOADING else tables), flag.name
         assert flag.help.endswith(".") or flag.help.endswith("…"), flag.name
-    assert {flag.key for flag in FLAGS} >= set(Experiment.model_fields) - {"parts", "second_look", "evidence"}
+    assert {flag.key for flag in FLAGS} >= set(Experiment.model_fields) - {"parts", "second_look"}
     assert len({flag.option for flag in FLAGS}) == len(FLAGS)
     helps = {flag.name: flag.help for flag in FLAGS}
     assert all(helps[name] == KEYS[name] for name in ("at", "layers", "tokens", "draws", "controls", "dtype", "top_k"))

@@ -76,7 +76,8 @@ def one_position(value: Any) -> Any:
 
 
 def span(value: Any) -> Any:
-    """A number of tokens of at least 1, or "piece"."""
+    """A number of tokens of at least 1, also as text, or "piece"."""
+    value = int(value) if isinstance(value, str) and value.isdecimal() else value
     number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     if not number and value != "piece":
         raise InputError(f"found {shown(value)}; expected a number of tokens from 1, or 'piece' (those of the piece of text)")
