@@ -121,26 +121,37 @@ def test_next_tokens(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("\n".join(f"The capital of {x} is a city." for x in ("France", "Japan", "Peru", "Kenya")))
     found = next_token.evaluate(Asked(runs=tmp_path / "runs", data=tmp_path / "texts.txt"))
     scopes: Any = found.scores["scopes"]
-    assert set(scopes) == {"logit lens", "token identity", "bare ?"} and set(scopes["bare ?"]) == set(map(str, range(9)))
+    assert set(scopes) == {"logit lens", "token identity", "bare ?", "tuned lens"} and set(scopes["bare ?"]) == set(
+        map(str, range(9))
+    )
     assert scopes["logit lens"]["8"]["precision_at_1"].value == 1.0  # the model itself
     assert scopes["token identity"]["8"]["precision_at_1"].value == 1.0  # written at layer L, it is what is decoded
     assert found.scores["texts"] == 4
 
 
-def test_a_tuned_lens_is_a_scope_like_others(tmp_path: Path) -> None:
-    from patchscopes.maps import Affine, save_map
+def test_the_tuned_lens_of_the_model_stands_beside_the_logit_lens(tmp_path: Path) -> None:
+    found: Any = next_token.evaluate(Asked(n=60, runs=tmp_path), next_token.Settings(scopes=("logit lens",)))
+    tuned, lens = found.scores["scopes"]["tuned lens"], found.scores["scopes"]["logit lens"]
+    assert set(lens) == {*tuned, "8"} == set(map(str, range(9)))  # at layer L the two are one reading, made once
+    for layer in range(8):
+        more = tuned[str(layer)]["above_logit_lens"].value
+        assert more == pytest.approx(tuned[str(layer)]["precision_at_1"].value - lens[str(layer)]["precision_at_1"].value)
+        assert lens[str(layer)]["above_logit_lens"].value == 0
+    assert tuned["4"]["above_logit_lens"].low > 0
+    assert any("tuned lens is nowhere less precise" in claim for claim in found.claims)
 
-    for layer in (3, 8):
-        save_map(tmp_path / f"layer-{layer}.safetensors", Affine(torch.eye(192), torch.zeros(192)))
-    settings = next_token.Settings(scopes=(), lens=str(tmp_path))
+
+def test_a_tuned_lens_of_ones_own(tmp_path: Path) -> None:
+    from patchscopes.lenses import TunedLens
+
+    TunedLens.untrained(ps.load("atlas")).save(tmp_path / "mine.safetensors")
+    settings = next_token.Settings(scopes=("logit lens",), lens=str(tmp_path / "mine.safetensors"))
     found: Any = next_token.evaluate(Asked(n=6, runs=tmp_path / "runs"), settings).scores["scopes"]
-    lens: Any = next_token.evaluate(Asked(n=6, runs=tmp_path / "runs"), next_token.Settings(scopes=("logit lens",))).scores[
-        "scopes"
-    ]
-    assert set(found["tuned lens"]) == {"3", "8"}
-    assert found["tuned lens"]["3"] == lens["logit lens"]["3"]  # the identity as a map
-    with pytest.raises(PatchscopesError, match="no maps in"):
-        next_token.lens_parts(tmp_path / "runs")
+    assert found["tuned lens"]["3"] == found["logit lens"]["3"]  # W = 0 and b = 0
+    torch.manual_seed(0)
+    TunedLens(0.3 * torch.randn(8, 192, 192), torch.randn(8, 192)).save(tmp_path / "bad.safetensors")
+    with pytest.raises(PatchscopesError, match="logit lens"):  # compared by what it says
+        next_token.evaluate(Asked(n=6, runs=tmp_path / "runs"), next_token.Settings(lens=str(tmp_path / "bad.safetensors")))
 
 
 def test_the_probe_solves_its_problem_and_keeps_clusters_apart() -> None:

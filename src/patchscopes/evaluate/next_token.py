@@ -7,15 +7,14 @@ model itself says there (Ghandeharioun et al. 2024, 4.1 and appendix B):
     surprisal     −log2 p_L[argmax p̃]: the model's own distribution at the scope's token, bits
 
 The model's likeliest token is the logit lens at layer L: no other pass is needed. Scopes: token identity (few-shot), the bare "?" (of
-which a bare "x" is a copy where the tokenizer puts nothing in front), the logit lens; and whatever is given as further parts, such as a
-tuned lens (`lens_parts`).
+which a bare "x" is a copy where the tokenizer puts nothing in front), the logit lens, a tuned lens where there is one; and whatever is
+given as further parts. Each is held against the logit lens at the same texts, layer by layer.
 """
 
 from __future__ import annotations
 
 import json
 import random
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from patchscopes.core.errors import InputError, NotAvailableError
 from patchscopes.evaluate import planted, statistics
 from patchscopes.evaluate.frame import Asked, Line, Lines, Result, Table, caveats_of, recorded, settings_of
 from patchscopes.evaluate.statistics import Estimate
+from patchscopes.organisms import bundled_lenses
 from patchscopes.runs.spec import Experiment
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ SCOPES: dict[str, Any] = {
     "bare ?": {"preset": "identity-bare"},
     "bare x": {"prompt": "{x}", "layer": "same", "tokens": 1},
 }
-LENS = "logit lens"
+LENS, TUNED = "logit lens", "tuned lens"
 Part = Mapping[str, Any]  # of an experiment; its scopes are scored beside the others
 
 
@@ -50,7 +50,7 @@ class Settings:
     """Every choice, as in the paper.
 
     scopes     of `SCOPES`
-    lens       a folder of affine maps, layer-3.safetensors for layer 3, as maps.save_map writes them: a tuned lens
+    lens       a file of a tuned lens; none: that of the model, where it is bundled
     longest    texts with more words are left out
     """
 
@@ -75,19 +75,13 @@ def evaluate(asked: Asked, settings: Settings | None = None, more: Sequence[Part
     return _result(run, own, deviations, (*notes, *caveats_of([run])), asked.seed)
 
 
-def lens_parts(folder: str | Path, name: str = "tuned lens") -> list[dict[str, Any]]:
-    """A lens with a map for each layer, as parts: h at layer ℓ goes through the layer's map into the last layer. NotAvailableError if there
-    is no map in the folder."""
-    found = {int(m[1]): path for path in Path(folder).glob("*.safetensors") if (m := re.search(r"(\d+)$", path.stem))}
-    if not found:
-        raise NotAvailableError(
-            f"no maps in {str(folder)!r}: expected layer-0.safetensors and so on, as maps.save_map writes them"
-        )
-    scope = {"name": name, "preset": "logit-lens"}
-    return [
-        {"name": f"{name} {layer}", "layers": [layer], "scope": [{**scope, "map": [{"affine": str(path.resolve())}]}]}
-        for layer, path in sorted(found.items())
-    ]
+def _lens(asked: Asked, settings: Settings) -> list[Part]:
+    """The tuned lens as a part: h at every layer goes through the layer's map into the last layer."""
+    file = settings.lens or bundled_lenses().get(str(asked.spec.name))
+    if file is None:
+        return []
+    scope = {"name": TUNED, "preset": "logit-lens", "map": [{"tuned_lens": str(Path(file).resolve())}]}
+    return [{"name": TUNED, "layers": "all", "scope": [scope]}]
 
 
 # ----------------------------------------------------------------------------------------------------------------------- experiment
@@ -141,7 +135,7 @@ def _experiment(asked: Asked, settings: Settings, prompts: list[dict[str, Any]],
     # what the model itself says is the lens at the last layer: it comes first, since what is asked for twice is made once
     layers = "all" if LENS in settings.scopes else -1
     parts.insert(0, {"name": LENS, "layers": layers, "scope": [{"name": LENS, **SCOPES[LENS]}]})
-    parts += [*(lens_parts(settings.lens) if settings.lens else []), *more]
+    parts += [*_lens(asked, settings), *more]
     return Experiment.model_validate(
         {
             "name": "next-token",
@@ -160,8 +154,8 @@ def _experiment(asked: Asked, settings: Settings, prompts: list[dict[str, Any]],
 
 
 def scores(run: Run, *, seed: int = 0) -> tuple[dict[str, dict[int, dict[str, Estimate]]], dict[str, Any]]:
-    """scope → layer → precision@1, the same against another text's token, surprisal; and what the model itself says: how many different
-    tokens, and the share of the commonest."""
+    """scope → layer → precision@1, the same against another text's token, by how much it is above the logit lens' on the same texts,
+    surprisal; and what the model itself says: how many different tokens, and the share of the commonest."""
     rows = run.table(control="none", status="ok").select("scope", "prompt", "source_layer", "next_token_id", "surprisal")
     top = int(rows["source_layer"].max() or 0)  # type: ignore[arg-type]
     truth = {p: token for scope, p, layer, token, _ in rows.iter_rows() if scope == LENS and layer == top}
@@ -172,8 +166,9 @@ def scores(run: Run, *, seed: int = 0) -> tuple[dict[str, dict[int, dict[str, Es
     for scope, p, layer, token, surprisal in rows.iter_rows():
         if p in truth:
             cells.setdefault(scope, {}).setdefault(layer, []).append((p, token, surprisal))
+    lens = {layer: {p: float(token == truth[p]) for p, token, _ in some} for layer, some in cells.get(LENS, {}).items()}
     found = {
-        scope: {layer: _figures_of(some, truth, stranger, seed) for layer, some in sorted(by_layer.items())}
+        scope: {layer: _figures_of(some, truth, stranger, lens.get(layer, {}), seed) for layer, some in sorted(by_layer.items())}
         for scope, by_layer in cells.items()
     }
     values = list(truth.values())
@@ -182,13 +177,19 @@ def scores(run: Run, *, seed: int = 0) -> tuple[dict[str, dict[int, dict[str, Es
 
 
 def _figures_of(
-    some: Sequence[tuple[int, int, float]], truth: Mapping[int, int], stranger: Mapping[int, int], seed: int
+    some: Sequence[tuple[int, int, float]],
+    truth: Mapping[int, int],
+    stranger: Mapping[int, int],
+    lens: Mapping[int, float],
+    seed: int,
 ) -> dict[str, Estimate]:
+    paired = [(p, float(token == truth[p]) - lens[p]) for p, token, _ in some if p in lens]
     shuffled = [(p, float(token == stranger[p])) for p, token, _ in some if p in stranger]
     finite = [(p, bits) for p, _, bits in some if bits is not None and np.isfinite(bits)]
     return {
         "precision_at_1": statistics.rate([float(token == truth[p]) for p, token, _ in some], [p for p, *_ in some], seed=seed),
         "another_texts_token": statistics.rate([hit for _, hit in shuffled], [p for p, _ in shuffled], seed=seed),
+        "above_logit_lens": statistics.rate([more for _, more in paired], [p for p, _ in paired], seed=seed),
         "surprisal_bits": statistics.rate([bits for _, bits in finite], [p for p, _ in finite], seed=seed),
     }
 
@@ -208,17 +209,19 @@ def _result(run: Run, settings: dict[str, Any], deviations: Sequence[str], cavea
         f"The commonest next token would be right for {said['commonest_token']:.1%}; layer {top} through the logit lens is the model "
         "itself, and proves nothing."
     )
+    claims += [_against_lens(scope, by_layer) for scope, by_layer in below.items() if scope != LENS]
     rows = tuple(
-        (scope, layer, one["precision_at_1"], one["another_texts_token"], one["surprisal_bits"])
+        (scope, layer, one["precision_at_1"], one["another_texts_token"], one["above_logit_lens"], one["surprisal_bits"])
         for scope, by_layer in found.items()
         for layer, one in by_layer.items()
     )
     table = Table(
         "by-layer",
-        "Precision@1, the same held against another text's token, and surprisal in bits, by scope and source layer",
-        ("scope", "ℓ", "precision@1", "another text's token", "surprisal (bits)"),
+        "Precision@1, the same held against another text's token, how far it is above the logit lens' on the same texts, and surprisal in "
+        "bits, by scope and source layer",
+        ("scope", "ℓ", "precision@1", "another text's token", "above the logit lens", "surprisal (bits)"),
         rows,
-        ("precision@1", "another text's token"),
+        ("precision@1", "another text's token", "above the logit lens"),
     )
     scored = {scope: {str(layer): one for layer, one in by_layer.items()} for scope, by_layer in found.items()}
     headline = {f"{scope}, layer {middle} of {top}": below[scope][middle]["precision_at_1"] for scope in ranked}
@@ -254,6 +257,19 @@ def _result(run: Run, settings: dict[str, Any], deviations: Sequence[str], cavea
         tuple(deviations),
         tuple(caveats),
         (run,),
+    )
+
+
+def _against_lens(scope: str, by_layer: Mapping[int, Mapping[str, Estimate]]) -> str:
+    more = {layer: one["above_logit_lens"] for layer, one in by_layer.items() if one["above_logit_lens"].n}
+    if not more:
+        return f"{scope} was not held against the logit lens."
+    worse = [str(layer) for layer, one in more.items() if one.value < 0]
+    surely = sum(one.low > 0 for one in more.values())
+    where = f"less precise at layer {', '.join(worse)}" if worse else "nowhere less precise"
+    return (
+        f"Beside the logit lens, on the same texts and below the last layer, {scope} is {where}; at {surely} of {len(more)} layers it is "
+        "more precise by more than the interval of the difference."
     )
 
 
