@@ -75,8 +75,8 @@ def test_what_cannot_go_back_is_refused() -> None:
 
 
 def test_it_is_recorded_and_read_again(tmp_path) -> None:
-    from patchscopes.runs.looks import looks
-    from patchscopes.runs.written_down import experiment_of, models_of
+    from patchscopes.experiment.looks import looks
+    from patchscopes.experiment.written_down import experiment_of, models_of
 
     model = ps.load("atlas")
     given = [

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 import patchscopes as ps
 from patchscopes.core.edits import save_edits
 from patchscopes.core.errors import InputError, LayerError, RefusedError, VectorError
+from patchscopes.experiment.looks import Look, looks
+from patchscopes.experiment.spec import Experiment
+from patchscopes.experiment.written_down import experiment_of, models_of, spec_of
 from patchscopes.model import Model, Span
-from patchscopes.runs.looks import Look, looks
-from patchscopes.runs.spec import Experiment
-from patchscopes.runs.written_down import experiment_of, models_of, spec_of
 from patchscopes.scopes.named import named
 
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}!{% endfor %}say:"

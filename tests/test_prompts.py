@@ -10,8 +10,8 @@ import polars as pl
 import pytest
 
 from patchscopes.core.errors import InputError
-from patchscopes.runs.prompts import Prompted, content, read_prompts
-from patchscopes.runs.spec import Experiment
+from patchscopes.experiment.prompts import Prompted, content, read_prompts
+from patchscopes.experiment.spec import Experiment
 
 ROWS = [
     {"prompt": "We met in Zürich, twice", "where": "Zürich", "country": "Schweiz", "n": 1, "w": 0.5, "ok": True},

@@ -19,7 +19,8 @@ from runs_made import make_run, said
 import patchscopes as ps
 from patchscopes.cli import app
 from patchscopes.core.errors import InputError, UnknownName
-from patchscopes.runs import Experiment, open_run
+from patchscopes.experiment import Experiment
+from patchscopes.runs import open_run
 from patchscopes.runs.compare import export
 from patchscopes.runs.folder import Run, write_piece, write_record, write_table
 from patchscopes.runs.schema import ROWS

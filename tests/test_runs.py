@@ -717,11 +717,11 @@ def test_pace_of_several_workers():
 
 def test_a_plan_without_weights_is_the_plan(tmp_path):
     """Outlines give the ids that loaded models give, so that workers elsewhere compute the very cells that were planned."""
+    from patchscopes.experiment.looks import looks
+    from patchscopes.experiment.spec import Experiment
     from patchscopes.runs.conditions import conditions, files_of, keys, load_spec, outline_spec
     from patchscopes.runs.estimate import costs_of
-    from patchscopes.runs.looks import looks
     from patchscopes.runs.plan import plan, see
-    from patchscopes.runs.spec import Experiment
 
     experiment = Experiment.model_validate(EXPERIMENT)
     (spec,) = experiment.models()
@@ -734,8 +734,8 @@ def test_a_plan_without_weights_is_the_plan(tmp_path):
 
 
 def test_an_estimate(tmp_path):
+    from patchscopes.experiment.spec import Experiment
     from patchscopes.runs.estimate import estimate
-    from patchscopes.runs.spec import Experiment
 
     experiment = Experiment.model_validate(EXPERIMENT)
     probed = estimate(experiment)

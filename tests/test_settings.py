@@ -18,9 +18,9 @@ from patchscopes.cli.flags import FLAGS
 from patchscopes.cli.settings import LOADING, gather, project_file, user_file
 from patchscopes.cli.spec_options import experiment_from, with_experiment_options
 from patchscopes.core.errors import InputError
-from patchscopes.runs.keys import KEYS
-from patchscopes.runs.spec import Experiment, schema
-from patchscopes.runs.spec_tables import ModelSpec, PromptFile, VectorFile
+from patchscopes.experiment.keys import KEYS
+from patchscopes.experiment.spec import Experiment, schema
+from patchscopes.experiment.spec_tables import ModelSpec, PromptFile, VectorFile
 
 EXPERIMENT = """
 layers = "0:3"

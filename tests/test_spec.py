@@ -14,9 +14,9 @@ from patchscopes.core.edits import OF_SCOPES
 from patchscopes.core.errors import InputError, LayerError, PatchscopesError
 from patchscopes.core.names import DTYPES, SCOPES
 from patchscopes.core.sites import SCOPED
-from patchscopes.runs.documents import read_document
-from patchscopes.runs.spec import DRAFT, Experiment, Part, schema
-from patchscopes.runs.spec_tables import ModelSpec, PromptFile, PromptSpec, ScaleMap, ScopeSpec, VectorFile
+from patchscopes.experiment.documents import read_document
+from patchscopes.experiment.spec import DRAFT, Experiment, Part, schema
+from patchscopes.experiment.spec_tables import ModelSpec, PromptFile, PromptSpec, ScaleMap, ScopeSpec, VectorFile
 from patchscopes.scopes.named import named
 
 RICH: dict[str, Any] = {
@@ -561,7 +561,8 @@ def test_the_schema_takes_what_is_taken() -> None:
 
 def test_an_experiment_needs_no_torch() -> None:
     code = (
-        "import sys; from patchscopes.runs.spec import Experiment, schema; import patchscopes.runs.prompts, patchscopes.cli.settings;"
+        "import sys; from patchscopes.experiment.spec import Experiment, schema;"
+        "import patchscopes.experiment.prompts, patchscopes.cli.settings;"
         "e = Experiment(prompts='a'); e.document(); e.digest; schema();"
         "print({'torch', 'transformers', 'numpy', 'yaml'} & set(sys.modules))"
     )

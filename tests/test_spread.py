@@ -13,8 +13,8 @@ from test_looks import back_and_forth
 
 import patchscopes as ps
 from patchscopes.core.errors import InputError, PositionError, PromptError, UnknownName
+from patchscopes.experiment.spec import Experiment
 from patchscopes.model import Span
-from patchscopes.runs.spec import Experiment
 from patchscopes.scopes.spread import steps
 from patchscopes.scopes.viewing import Viewing
 

@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from patchscopes.core import coordinates, edits
     from patchscopes.core.edits import Edit
     from patchscopes.core.errors import PatchscopesError
+    from patchscopes.experiment import Experiment
     from patchscopes.model import Model, Tokens, load
-    from patchscopes.runs import Experiment, open_run, resume, sweep
+    from patchscopes.runs import open_run, resume, sweep
     from patchscopes.scopes import Patchscope, Readings, Source
 
 _HOMES = {
     "Edit": "patchscopes.core.edits",
-    "Experiment": "patchscopes.runs",
+    "Experiment": "patchscopes.experiment",
     "PatchscopesError": "patchscopes.core.errors",
     "Model": "patchscopes.model",
     "Tokens": "patchscopes.model",

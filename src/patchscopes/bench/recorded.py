@@ -20,16 +20,16 @@ import polars as pl
 
 from patchscopes.bench.report import Figure
 from patchscopes.bench.turns import Progress
+from patchscopes.experiment.looks import looks
+from patchscopes.experiment.spec import Experiment
 from patchscopes.model.loading import load
 from patchscopes.organisms.atlas.facts import world
 from patchscopes.runs.executor import Executor
 from patchscopes.runs.folder import Run, compact, open_run, write_piece, write_record, write_table
 from patchscopes.runs.here import Here
-from patchscopes.runs.looks import looks
 from patchscopes.runs.processes import Processes
 from patchscopes.runs.recording import sweep
 from patchscopes.runs.schema import PLAN, ROWS
-from patchscopes.runs.spec import Experiment
 from patchscopes.scopes.viewing import Viewing
 
 PROMPTS = 124  # of 9 x 9 cells: 10,044 readings

@@ -27,7 +27,7 @@ def show(
 
     What is printed is TOML, as the files are.
     """
-    from patchscopes.runs.spec import Experiment, Outputs
+    from patchscopes.experiment.spec import Experiment, Outputs
 
     found = gather(file)
     Experiment.said({"prompts": "none", **found.filled()}, found.origin)
@@ -62,7 +62,7 @@ def schema() -> None:
     \b
     patchscopes schema > experiment.schema.json
     """
-    from patchscopes.runs.spec import schema as of_experiments
+    from patchscopes.experiment.spec import schema as of_experiments
 
     print_json(of_experiments())
 

@@ -89,8 +89,8 @@ def evaluate(
         raise InputError("--hardware is for --dry-run; expected both, or none")
     module = importlib.import_module(EXPERIMENTS[name][0])
     from patchscopes.evaluate.frame import Asked, Unfinished, chosen_settings
+    from patchscopes.experiment.documents import model_name
     from patchscopes.runs import Stop
-    from patchscopes.runs.documents import model_name
     from patchscopes.runs.executors import executor_from
 
     settings = chosen_settings(module.Settings, _pairs(setting or []))

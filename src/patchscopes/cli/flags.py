@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from patchscopes.core.errors import InputError
-from patchscopes.runs.keys import KEYS
+from patchscopes.experiment.keys import KEYS
 
 MAPS = "identity, scale:2.0, affine:FILE, file:FILE, tuned_lens:FILE or jacobian_lens:FILE; may be given several times."
 

@@ -59,9 +59,9 @@ def project_file() -> Path:
 
 def gather(file: Path | None = None, flags: Mapping[str, Any] | None = None) -> Settings:
     """Everything that was said, merged. `file`: the experiment file; `flags`: those of `flags.FLAGS`, None where one was not given."""
-    from patchscopes.runs.documents import read_document, rooted
-    from patchscopes.runs.spec import Experiment
-    from patchscopes.runs.table import require_known
+    from patchscopes.experiment.documents import read_document, rooted
+    from patchscopes.experiment.spec import Experiment
+    from patchscopes.experiment.table import require_known
 
     found = Settings()
     given = None if file is None else Path(file).expanduser()

@@ -23,13 +23,13 @@ from patchscopes.cli.flags import FLAGS, Flag
 from patchscopes.cli.settings import gather
 
 if TYPE_CHECKING:
-    from patchscopes.runs.spec import Experiment
+    from patchscopes.experiment.spec import Experiment
 
 
 def experiment_from(file: Path | None, **flags: Any) -> Experiment:
     """What was asked for by configuration, experiment file, environment and flags together (see `settings`). InputError says what is
     wrong, and where it was said."""
-    from patchscopes.runs.spec import Experiment
+    from patchscopes.experiment.spec import Experiment
 
     found = gather(file, flags)
     return Experiment.said(found.filled(), found.origin)

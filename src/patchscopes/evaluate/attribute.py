@@ -21,7 +21,7 @@ from patchscopes.core.errors import InputError
 from patchscopes.evaluate import attribute_tsv, extraction, probing
 from patchscopes.evaluate.data import Item, Items, items_of, sampled
 from patchscopes.evaluate.frame import Asked, Result, caveats_of, recorded, settings_of
-from patchscopes.runs.spec import Experiment
+from patchscopes.experiment.spec import Experiment
 
 TITLE = "Attribute extraction"
 PAPER = "Ghandeharioun et al. 2024, Patchscopes, section 4.2, tables 1 and 5"

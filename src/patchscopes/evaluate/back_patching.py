@@ -22,7 +22,7 @@ from patchscopes.evaluate import statistics, tries
 from patchscopes.evaluate.frame import Asked, Bars, Result, Table, caveats_of, recorded, settings_of
 from patchscopes.evaluate.hops import Question, asking, filtered, funnel, questions_of, said
 from patchscopes.evaluate.tries import KINDS, Hits, hits_of
-from patchscopes.runs.spec import Experiment
+from patchscopes.experiment.spec import Experiment
 
 TITLE = "Back-patching"
 PAPER = "Biran et al. 2024, Hopping Too Late, section 6"

@@ -25,7 +25,7 @@ from patchscopes.evaluate import planted, scoring, statistics
 from patchscopes.evaluate.frame import Asked, Bars, Line, Lines, Result, Table, caveats_of, recorded, settings_of
 from patchscopes.evaluate.planted import Entity
 from patchscopes.evaluate.statistics import Estimate
-from patchscopes.runs.spec import Experiment
+from patchscopes.experiment.spec import Experiment
 
 if TYPE_CHECKING:
     from patchscopes.runs import Run

@@ -25,10 +25,11 @@ from patchscopes.core.errors import InputError, PatchscopesError, UnknownName, n
 
 if TYPE_CHECKING:
     from patchscopes.evaluate.statistics import Estimate
+    from patchscopes.experiment import Experiment
+    from patchscopes.experiment.spec_tables import ModelSpec
     from patchscopes.model import Model
-    from patchscopes.runs import Executor, Experiment, Run, Stop
+    from patchscopes.runs import Executor, Run, Stop
     from patchscopes.runs.events import Listener
-    from patchscopes.runs.spec_tables import ModelSpec
 
 T = TypeVar("T")
 
@@ -60,7 +61,7 @@ class Asked:
     @property
     def spec(self) -> ModelSpec:
         """The model as an experiment has it."""
-        from patchscopes.runs.spec import Experiment
+        from patchscopes.experiment.spec import Experiment
 
         return Experiment.model_validate({"model": self.model, "prompts": "x"}).model[0]
 

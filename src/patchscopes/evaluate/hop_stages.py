@@ -26,7 +26,7 @@ from patchscopes.core.errors import InputError
 from patchscopes.evaluate import scoring, statistics
 from patchscopes.evaluate.frame import Asked, Line, Lines, Result, Table, caveats_of, recorded, settings_of
 from patchscopes.evaluate.hops import Question, asking, classify, filtered, funnel, questions_of, right, said
-from patchscopes.runs.spec import Experiment
+from patchscopes.experiment.spec import Experiment
 
 if TYPE_CHECKING:
     import polars as pl

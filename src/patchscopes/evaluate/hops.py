@@ -28,8 +28,8 @@ from patchscopes.evaluate import scoring
 
 if TYPE_CHECKING:
     from patchscopes.evaluate.frame import Asked
+    from patchscopes.experiment.spec import Experiment
     from patchscopes.runs import Run
-    from patchscopes.runs.spec import Experiment
 
 FILTERS = ("first_hop", "second_hop", "composition", "entity_shortcut", "relation_shortcut")
 COLUMNS = ("e1_label", "e2_label", "e3_label", "e2_aliases", "e3_aliases", "r1_template", "r2_template")
@@ -179,7 +179,7 @@ def right(text: str | None, answers: Sequence[str], test: str = "paper") -> bool
 
 def asking(asked: Asked, name: str, texts: Sequence[str], *, tokens: int, stop: Sequence[str]) -> Experiment:
     """What the model says after each text, unpatched: its last state is written onto itself."""
-    from patchscopes.runs.spec import Experiment
+    from patchscopes.experiment.spec import Experiment
 
     return Experiment.model_validate(
         {

@@ -26,7 +26,7 @@ from patchscopes.evaluate import statistics, tries
 from patchscopes.evaluate.frame import Asked, Bars, Result, Table, caveats_of, recorded, settings_of
 from patchscopes.evaluate.hops import Outcome, Question, asking, filtered, funnel, questions_of, right, said
 from patchscopes.evaluate.tries import KINDS, Hits
-from patchscopes.runs.spec import Experiment
+from patchscopes.experiment.spec import Experiment
 
 if TYPE_CHECKING:
     from patchscopes.runs import Run

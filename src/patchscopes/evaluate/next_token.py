@@ -26,8 +26,8 @@ from patchscopes.core.errors import InputError, NotAvailableError
 from patchscopes.evaluate import planted, statistics
 from patchscopes.evaluate.frame import Asked, Line, Lines, Result, Table, caveats_of, recorded, settings_of
 from patchscopes.evaluate.statistics import Estimate
+from patchscopes.experiment.spec import Experiment
 from patchscopes.organisms import bundled_lenses
-from patchscopes.runs.spec import Experiment
 
 if TYPE_CHECKING:
     from patchscopes.runs import Run

@@ -1,4 +1,4 @@
-"""Runs that survive: experiments as data, plans, work that can be stopped and resumed, and the folder that records it.
+"""Runs that survive: plans, work that can be stopped and resumed, and the folder that records it.
 
 Names are imported when first used: reading a run needs no torch.
 """
@@ -13,11 +13,9 @@ if TYPE_CHECKING:
     from patchscopes.runs.folder import Run, open_run
     from patchscopes.runs.here import Here
     from patchscopes.runs.recording import resume, sweep
-    from patchscopes.runs.spec import Experiment
 
 _HOMES = {
     "Executor": "executor",
-    "Experiment": "spec",
     "Here": "here",
     "Run": "folder",
     "Stop": "executor",
@@ -26,7 +24,7 @@ _HOMES = {
     "sweep": "recording",
 }
 
-__all__ = ["Executor", "Experiment", "Here", "Run", "Stop", "open_run", "resume", "sweep"]
+__all__ = ["Executor", "Here", "Run", "Stop", "open_run", "resume", "sweep"]
 
 
 def __getattr__(name: str) -> Any:

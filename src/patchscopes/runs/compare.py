@@ -12,9 +12,9 @@ from typing import Any
 import polars as pl
 
 from patchscopes.core.errors import InputError, RefusedError
+from patchscopes.experiment.resolve import INPUTS
 from patchscopes.runs.conditions import differences
 from patchscopes.runs.folder import Run, write_table
-from patchscopes.runs.resolve import INPUTS
 from patchscopes.runs.schema import COORDINATES, RESULTS
 
 TEXTS = ("status", "text", "next_token_id", "verdict")  # what must be equal

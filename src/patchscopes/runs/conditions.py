@@ -19,8 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from patchscopes.experiment.spec_tables import ModelSpec
 from patchscopes.model.files import fingerprint
-from patchscopes.runs.spec_tables import ModelSpec
 
 if TYPE_CHECKING:
     from patchscopes.model import Model
@@ -30,11 +30,12 @@ COMPUTING = (
     "core",
     "engine",
     "model",
+    "lenses",
     "maps",
     "controls",
     "scopes",
     "runs/plan.py",
-    "runs/looks.py",
+    "experiment/looks.py",
     "runs/work.py",
 )  # code that decides
 

@@ -20,14 +20,14 @@ import polars as pl
 from patchscopes.core.errors import InputError, UnknownName, nearest
 from patchscopes.engine.generate import ROWS as AT_A_TIME
 from patchscopes.engine.shape import Shape, measure
+from patchscopes.experiment.looks import looks
+from patchscopes.experiment.resolve import resolved
+from patchscopes.experiment.spec import Experiment
 from patchscopes.model.model import Model
 from patchscopes.model.outline import Outline
 from patchscopes.runs.conditions import conditions, files_of, keys, load_spec, outline_spec
 from patchscopes.runs.cost import N_SCORED, Costs
-from patchscopes.runs.looks import looks
 from patchscopes.runs.plan import Seen, plan, see
-from patchscopes.runs.resolve import resolved
-from patchscopes.runs.spec import Experiment
 from patchscopes.runs.work import Task, Worker
 
 PROBED = 48  # readings of a look

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from patchscopes.core.errors import InputError, NotAvailableError, RefusedError, ResourceError
+from patchscopes.experiment.resolve import INPUTS
 from patchscopes.runs.executor import DEATHS, Finished, Hear, Queue, Ready, Stop, Told
 from patchscopes.runs.ray_actor import Actor
 from patchscopes.runs.remote import Failure, MakeWorker, make_worker
-from patchscopes.runs.resolve import INPUTS
 from patchscopes.runs.tasks import Job, Task
 
 POLL = 0.2  # seconds between two looks at `stop`

@@ -19,7 +19,7 @@ from patchscopes.scopes.cells import Cell
 from patchscopes.scopes.viewing import Viewing
 
 if TYPE_CHECKING:
-    from patchscopes.runs.looks import Look
+    from patchscopes.experiment.looks import Look
 
 ROWS = (256, 2048)  # of a shard, unless its work takes too long
 SHARDS = 16  # wanted at least, so that workers can share and a stop loses little

@@ -8,9 +8,9 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from patchscopes.experiment.resolve import INPUTS
 from patchscopes.runs.executor import Finished, Ready, Told, Working
 from patchscopes.runs.remote import Failure, MakeWorker, report_to
-from patchscopes.runs.resolve import INPUTS
 from patchscopes.runs.tasks import Job, Stopped, Task
 
 if TYPE_CHECKING:

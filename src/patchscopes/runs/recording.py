@@ -22,6 +22,8 @@ import polars as pl
 
 from patchscopes.core.errors import InputError, RefusedError
 from patchscopes.core.files import make_folder
+from patchscopes.experiment.resolve import resolved, with_inputs
+from patchscopes.experiment.spec import Experiment
 from patchscopes.runs.conditions import Conditions, conditions, differences, files_of, keys, outline_spec, versions
 from patchscopes.runs.drive import drive
 from patchscopes.runs.events import EventLog, Listener
@@ -38,9 +40,7 @@ from patchscopes.runs.folder import (
 )
 from patchscopes.runs.here import Here
 from patchscopes.runs.lock import Lock
-from patchscopes.runs.resolve import resolved, with_inputs
 from patchscopes.runs.schema import ROWS
-from patchscopes.runs.spec import Experiment
 from patchscopes.runs.tasks import Job, Task
 
 if TYPE_CHECKING:
@@ -205,8 +205,8 @@ def _prepared(
     experiment: Experiment, models: Mapping[str, Model] | None, executor: Executor
 ) -> tuple[Worker | None, list[Seen], Conditions, list[str]]:
     """The looks of an experiment under the conditions of its workers: with loaded models in this process, else with outlines."""
+    from patchscopes.experiment.looks import looks
     from patchscopes.runs.conditions import load_spec
-    from patchscopes.runs.looks import looks
     from patchscopes.runs.plan import see
     from patchscopes.runs.work import Worker
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from patchscopes.runs.documents import absolute, each_path
-from patchscopes.runs.spec import Experiment
+from patchscopes.experiment.documents import absolute, each_path
+from patchscopes.experiment.spec import Experiment
 
 Report = Callable[[float, str], None]  # (share of the task, what)
 Tell = Callable[[str], None]

@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import save
 
 from patchscopes.core.errors import PatchscopesError, ResourceError
+from patchscopes.experiment.looks import looks
+from patchscopes.experiment.spec import Outputs
 from patchscopes.runs.conditions import Conditions, conditions, files_of, keys, load_spec, machine
 from patchscopes.runs.folder import as_parquet, failed, skipped
-from patchscopes.runs.looks import looks
 from patchscopes.runs.plan import Seen, see
-from patchscopes.runs.spec import Outputs
 from patchscopes.runs.tasks import EVERY, Done, Job, Report, Stopped, Task, Tell
 from patchscopes.scopes.cells import Cell
 from patchscopes.scopes.viewing import Outcome

@@ -12,8 +12,8 @@ from typing import Any
 from patchscopes.core.errors import InputError, LayerError, SiteError, UnknownName, nearest
 from patchscopes.core.names import DTYPES, SLOT, require_scope
 from patchscopes.core.sites import SCOPED
-from patchscopes.runs.documents import absolute, model_name
-from patchscopes.runs.table import shown
+from patchscopes.experiment.documents import absolute, model_name
+from patchscopes.experiment.table import shown
 
 _PIECE = r"\s*(?:-?\d+|-?\d*\s*:\s*-?\d*(?:\s*:\s*-?\d*)?)\s*"
 _LAYERS = re.compile(rf"{_PIECE}(?:,{_PIECE})*")

@@ -14,14 +14,9 @@ from patchscopes.core.edit_files import load_edits
 from patchscopes.core.errors import InputError, LayerError, PositionError, PromptError, nearest
 from patchscopes.core.names import LENSES, SLOT
 from patchscopes.core.positions import Span
-from patchscopes.lenses.jacobian_lens import load_jacobian_lens
-from patchscopes.lenses.tuned_lens import load_tuned_lens
-from patchscopes.maps import Affine, Identity, Map, Scale, load_map
-from patchscopes.model.model import Model
-from patchscopes.model.tokens import Position, Tokens
-from patchscopes.runs.prompts import Prompted, read_prompts, several
-from patchscopes.runs.spec import Experiment
-from patchscopes.runs.spec_tables import (
+from patchscopes.experiment.prompts import Prompted, read_prompts, several
+from patchscopes.experiment.spec import Experiment
+from patchscopes.experiment.spec_tables import (
     AffineMap,
     At,
     FileMap,
@@ -33,6 +28,11 @@ from patchscopes.runs.spec_tables import (
     TunedLensMap,
     VectorFile,
 )
+from patchscopes.lenses.jacobian_lens import load_jacobian_lens
+from patchscopes.lenses.tuned_lens import load_tuned_lens
+from patchscopes.maps import Affine, Identity, Map, Scale, load_map
+from patchscopes.model.model import Model
+from patchscopes.model.tokens import Position, Tokens
 from patchscopes.scopes.extract import extract
 from patchscopes.scopes.named import named
 from patchscopes.scopes.patchscope import Patchscope

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from patchscopes.core.files import content_hash, make_folder, write_whole
-from patchscopes.runs.documents import each_path
-from patchscopes.runs.prompts import read_prompts
-from patchscopes.runs.spec import Experiment
-from patchscopes.runs.spec_tables import PromptFile
+from patchscopes.experiment.documents import each_path
+from patchscopes.experiment.prompts import read_prompts
+from patchscopes.experiment.spec import Experiment
+from patchscopes.experiment.spec_tables import PromptFile
 
 INPUTS = "inputs"
 

@@ -16,9 +16,9 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from patchscopes.core.errors import InputError
 from patchscopes.core.names import LENSES
-from patchscopes.runs import grammar
-from patchscopes.runs.documents import each_path, read_document, rooted
-from patchscopes.runs.spec_tables import (
+from patchscopes.experiment import grammar
+from patchscopes.experiment.documents import each_path, read_document, rooted
+from patchscopes.experiment.spec_tables import (
     At,
     Count,
     LayerText,
@@ -36,7 +36,7 @@ from patchscopes.runs.spec_tables import (
     Texts,
     described,
 )
-from patchscopes.runs.table import Table, told
+from patchscopes.experiment.table import Table, told
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 NOT_IN_DIGEST = ("name", "shard", "on_bad_prompt")
@@ -158,7 +158,7 @@ class Experiment(Table):
     def digest(self) -> str:
         """A hash of what it asks for: "sha256:…". Files count with their content, not their paths; name, shard and on_bad_prompt do
         not count. InputError if a file is not there."""
-        from patchscopes.runs.prompts import content  # which reads files
+        from patchscopes.experiment.prompts import content  # which reads files
 
         document = {key: value for key, value in self.document().items() if key not in NOT_IN_DIGEST}
         hashed = each_path(document, lambda path, _: content(Path(path)))

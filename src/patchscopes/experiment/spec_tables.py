@@ -8,9 +8,9 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from patchscopes.core.errors import InputError
 from patchscopes.core.names import LENSES, SLOT
-from patchscopes.runs import grammar
-from patchscopes.runs.keys import KEYS
-from patchscopes.runs.table import Table
+from patchscopes.experiment import grammar
+from patchscopes.experiment.keys import KEYS
+from patchscopes.experiment.table import Table
 
 
 def described(key: str, default: Any = None, **more: Any) -> Any:

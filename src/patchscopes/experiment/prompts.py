@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from patchscopes.core.errors import InputError, nearest
-from patchscopes.runs import grammar
-from patchscopes.runs.dataset_folder import dataset_files, is_dataset, read_dataset
-from patchscopes.runs.spec import Experiment
-from patchscopes.runs.spec_tables import PromptFile, PromptSpec, Scalar, VectorFile
+from patchscopes.experiment import grammar
+from patchscopes.experiment.dataset_folder import dataset_files, is_dataset, read_dataset
+from patchscopes.experiment.spec import Experiment
+from patchscopes.experiment.spec_tables import PromptFile, PromptSpec, Scalar, VectorFile
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 _INTEGER = re.compile(r"-?(0|[1-9]\d{0,17})")

@@ -17,13 +17,13 @@ from patchscopes.core.files import make_folder
 from patchscopes.core.layers import Layers
 from patchscopes.core.names import SLOT
 from patchscopes.core.positions import Span
+from patchscopes.experiment.documents import model_name
+from patchscopes.experiment.prompts import content
+from patchscopes.experiment.spec import Experiment
+from patchscopes.experiment.spec_tables import ModelSpec
 from patchscopes.maps import Affine, Identity, Map, Scale, save_map
 from patchscopes.model.model import Model, Prompt
 from patchscopes.model.tokens import Position, Tokens
-from patchscopes.runs.documents import model_name
-from patchscopes.runs.prompts import content
-from patchscopes.runs.spec import Experiment
-from patchscopes.runs.spec_tables import ModelSpec
 from patchscopes.scopes.patchscope import Patchscope
 from patchscopes.scopes.source import Source
 from patchscopes.scopes.target import PLACEHOLDER
