@@ -123,8 +123,11 @@ class Scored:
     probes: Probed | None
 
 
-def scored(hits: Hits, shared: Shared, control: Run, probes: Probed | None, *, seed: int = 0) -> Scored:
-    """All figures. Rates are means over relations, with intervals over entities."""
+def scored(
+    hits: Hits, shared: Shared, control: Run, probes: Probed | None, plain: Hits | None = None, *, seed: int = 0
+) -> Scored:
+    """All figures. Rates are means over relations, with intervals over entities. plain: the same items with nothing written below ℓ*,
+    at a cell that was chosen for it on the same half."""
     groups, clusters = hits.relations, hits.clusters
 
     def mean(values: np.ndarray, rows: Sequence[int] | None = None) -> Estimate:
@@ -147,6 +150,17 @@ def scored(hits: Hits, shared: Shared, control: Run, probes: Probed | None, *, s
         "any_of_all_other_entity": mean(null),
         "paper": mean(_any_target(hits.paper, hits.cells).mean(axis=1)),
     }
+    if plain is not None:
+        if plain.items != hits.items:
+            raise InputError(
+                f"{len(hits.items)} items were read with the state at every layer up to ℓ* and {len(plain.items)} with it at ℓ* alone; "
+                "expected the same ones"
+            )
+        other, away = plain.names[:, shared_cell(plain, seed=seed).column].astype(float), list(shared.scores)
+        figures["spread_here"] = mean(other, away)
+        figures["over_spread_here"] = statistics.difference(
+            names[away, shared.column], other[away], [clusters[k] for k in away], [groups[k] for k in away], seed=seed
+        )
     if probes is not None:
         figures |= _probe_rates(probes, seed)
     by_relation = {name: _relation(hits, shared, probes, name, seed) for name in dict.fromkeys(groups)}
@@ -237,6 +251,11 @@ def result(title: str, paper: str, found: Scored, **more: Any) -> Result:
         f"Some one of all {n_cells} cells says it for {figures['any_of_all']}; but some one does so for another entity's object in "
         f"{figures['any_of_all_other_entity']}: the best of {n_cells} is no accuracy.",
     ]
+    if "over_spread_here" in figures:
+        claims.append(
+            f"Written at every layer up to ℓ*, the state gives {held}; written at ℓ* alone, at a cell of its own, "
+            f"{figures['spread_here']}. The difference, item by item, is {figures['over_spread_here']}."
+        )
     if "probe_held_out_layer" in figures:
         claims.append(
             "A linear probe at its best layer, chosen on other entities, its folds holding subjects together, is right in "
@@ -255,6 +274,8 @@ def result(title: str, paper: str, found: Scored, **more: Any) -> Result:
         f"any of {n_cells}, other entity": figures["any_of_all_other_entity"],
         "the paper's: any target layer, mean over layers": figures["paper"],
     }
+    if "over_spread_here" in figures:
+        headline |= {"written at ℓ* alone": figures["spread_here"], "  difference": figures["over_spread_here"]}
     headline |= {"probe, held-out layer": figures["probe_held_out_layer"]} if "probe_held_out_layer" in figures else {}
     caveats = list(more.pop("caveats", ()))
     if found.probes is not None and found.probes.left_out:
