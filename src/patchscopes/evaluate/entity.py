@@ -26,6 +26,7 @@ import numpy as np
 from patchscopes.core.errors import InputError
 from patchscopes.evaluate import planted, scoring, statistics
 from patchscopes.evaluate.frame import Asked, Bars, Line, Lines, Result, Table, caveats_of, recorded, settings_of
+from patchscopes.evaluate.placeholder import spread_table
 from patchscopes.evaluate.planted import Entity
 from patchscopes.evaluate.statistics import Estimate
 from patchscopes.runs.spec import Experiment
@@ -83,8 +84,7 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
     runs, plain = [run], None
     if settings.spread != "here":
         runs.append(recorded(asked, _experiment(asked, replace(settings, spread="here"), entities)))
-        here = _scored(_texts(runs[-1]), kept, layers)[1]
-        plain = here[:, _held_out(here, kept, asked.seed).cell]
+        plain = _scored(_texts(runs[-1]), kept, layers)[1]
     control = recorded(asked, _experiment(asked, settings, [kept[k] for k in chosen.scores], layers[chosen.cell]))
     runs.append(control)
     found = Described(tuple(kept), tuple(layers), texts, hits, chosen, control, asked.seed, plain)
@@ -174,7 +174,7 @@ def _experiment(asked: Asked, settings: Settings, entities: Sequence[Entity], la
 
 @dataclass(frozen=True)
 class Described:
-    """texts[entity][layer], hits[entity, layer]; plain: [entity], hits at the layer that was chosen with nothing written below ℓ*."""
+    """texts[entity][layer], hits[entity, layer]; plain: the same with nothing written below ℓ*, where that was asked."""
 
     entities: tuple[Entity, ...]
     layers: tuple[int, ...]
@@ -252,10 +252,13 @@ def _figures(found: Described) -> dict[str, Estimate]:
         figures[kind] = statistics.rate([float(true(t, by_name[n])) for n, t in rows], [n for n, _ in rows], seed=seed)
     verdicts = [(name, float(verdict == "above")) for name, control, _, verdict in said.iter_rows() if control == "none"]
     figures["above_controls"] = statistics.rate([v for _, v in verdicts], [n for n, _ in verdicts], seed=seed)
-    if found.plain is not None:
-        figures["spread_here"] = rate(found.plain[away], away)
-        figures["over_spread_here"] = statistics.difference(
-            hits[away, chosen.cell], found.plain[away], [names[k] for k in away], seed=seed
+    if (plain := found.plain) is not None:
+        alone = plain[away, _held_out(plain, entities, seed).cell]
+        figures["spread_here"] = rate(alone, away)
+        figures["over_spread_here"] = statistics.difference(hits[away, chosen.cell], alone, [names[k] for k in away], seed=seed)
+        figures["per_draw_spread_here"] = rate(statistics.per_draw(plain), range(len(names)))
+        figures["per_draw_over_spread_here"] = statistics.difference(
+            statistics.per_draw(hits), statistics.per_draw(plain), names, seed=seed
         )
     if any(e.descriptions for e in entities):
         figures["rouge_l"] = rate([_rouge(found.texts[k][chosen.cell], entities[k]) for k in away], away)
@@ -277,7 +280,8 @@ def _result(found: Described, settings: dict[str, Any], deviations: Any, caveats
         claims = (
             *claims,
             f"Written at every layer up to ℓ*, {figures['held_out_layer']} are true; written at ℓ* alone, at a layer of its own, "
-            f"{figures['spread_here']}. The difference, entity by entity, is {figures['over_spread_here']}.",
+            f"{figures['spread_here']}; the difference, entity by entity, is {figures['over_spread_here']}. Over all layers alike it is "
+            f"{figures['per_draw_over_spread_here']}: {figures['per_draw']} against {figures['per_draw_spread_here']}.",
         )
     headline = {
         "true at the held-out layer": figures["held_out_layer"],
@@ -289,7 +293,11 @@ def _result(found: Described, settings: dict[str, Any], deviations: Any, caveats
         f"any of {len(found.layers)}, another of its kind": figures["any_of_all_another_of_its_kind"],
     }
     if "over_spread_here" in figures:
-        headline |= {"written at ℓ* alone": figures["spread_here"], "  difference": figures["over_spread_here"]}
+        headline |= {
+            "written at ℓ* alone": figures["spread_here"],
+            "  difference": figures["over_spread_here"],
+            "  difference per draw": figures["per_draw_over_spread_here"],
+        }
     headline |= {"RougeL at the held-out layer": f"{figures['rouge_l'].value:.3f}"} if "rouge_l" in figures else {}
     kinds = list(dict.fromkeys(e.kind for e in found.entities))
     by_kind = {kind: _of_kind(found, kind) for kind in kinds}
@@ -305,6 +313,9 @@ def _result(found: Described, settings: dict[str, Any], deviations: Any, caveats
         Table("by-kind", f"By kind of entity, layer {layer}", ("kind", "entities", "true"), kind_rows, ("true",)),
         Table("descriptions", what, ("kind", "entity", "says", "true"), examples),
     )
+    if (plain := found.plain) is not None:
+        names = [e.name for e in found.entities]
+        tables = (*tables, spread_table(found.layers, found.hits, plain, names, seed=found.seed))
     bars = Bars(
         "by-kind", f"True descriptions by kind, layer {layer}", "share", tuple(kinds), (("true", tuple(by_kind.values())),)
     )
