@@ -152,7 +152,10 @@ def _near(texts: np.ndarray, entities: Sequence[Entity]) -> np.ndarray:
     return _true(texts, entities) | np.array(echo, bool).reshape(texts.shape)
 
 
-def _crossed(texts: np.ndarray, entities: Sequence[Entity], seed: int) -> tuple[np.ndarray, list[int]]:
+Crossed = tuple[np.ndarray, list[int]]
+
+
+def _crossed(texts: np.ndarray, entities: Sequence[Entity], seed: int) -> Crossed:
     """(what was said of another entity of its kind, held against the facts of the entity of its row; the rows that have such another)."""
     kinds, names = [e.kind for e in entities], [e.name for e in entities]
     partner = statistics.strangers(kinds, names, names, seed)
@@ -180,8 +183,20 @@ def choose(said: Said, blocks: Sequence[int], *, seed: int = 0) -> dict[Key, Cho
 # -------------------------------------------------------------------------------------------------------------------------- figures
 
 
-def figures(tried: Tried, plain: Tried, best: int | None, entities: Sequence[Entity], seed: int = 0) -> dict[str, Any]:
-    """Of one site and way, on the half that did not choose its block; beside the plain way of the same site at the block of its own."""
+def kin_of(said: Said, key: Key, chosen: Chosen, seed: int = 0) -> Crossed:
+    """Of the rows that score: what was said at their block of another entity of their kind, of either half; [row, try], and their numbers
+    among those that score."""
+    hits, rows = _crossed(said.texts[key][:, chosen.column], said.entities, seed)
+    order = {row: k for k, row in enumerate(chosen.scores)}
+    some = [k for k, row in enumerate(rows) if row in order]
+    return hits[some], [order[rows[k]] for k in some]
+
+
+def figures(
+    tried: Tried, plain: Tried, kin: Crossed, best: int | None, entities: Sequence[Entity], seed: int = 0
+) -> dict[str, Any]:
+    """Of one site and way, on the half that did not choose its block; beside the plain way of the same site at the block of its own, and
+    `kin_of`."""
     names, hits = [e.name for e in entities], _true(tried.texts["none"], entities)
     base = _true(plain.texts["none"], entities)
     pick, base_pick = tried.bits.argmax(axis=1), plain.bits.argmax(axis=1)
@@ -201,7 +216,7 @@ def figures(tried: Tried, plain: Tried, best: int | None, entities: Sequence[Ent
         "above_controls": rate(tried.above.mean(axis=1)),
         "norm_ratio": _mean(tried.ratios),
     }
-    crossed, rows = _crossed(tried.texts["none"], entities, seed)
+    crossed, rows = kin
     found["per_try kin"], found["any_of_N kin"] = (rate(f(crossed), rows) for f in (statistics.per_draw, statistics.any_of))
     found["p_kin"] = _p(statistics.any_of(hits)[rows], statistics.any_of(crossed))
     for kind in ("other", "random", "mean"):
@@ -209,10 +224,11 @@ def figures(tried: Tried, plain: Tried, best: int | None, entities: Sequence[Ent
         found[f"per_try {kind}"], found[f"any_of_N {kind}"] = rate(statistics.per_draw(null)), rate(statistics.any_of(null))
     if best is not None:
         found["held_out"] = rate(hits[:, best])
-    if tried.criterion is not None:
-        found["by_criterion"] = rate(hits[every, tried.criterion.argmax(axis=1)])
-        found["evidence_over_held_out"] = apart(hits[every, pick], hits[:, best or 0])
-        found["criterion_over_held_out"] = apart(hits[every, tried.criterion.argmax(axis=1)], hits[:, best or 0])
+        found["evidence_over_held_out"] = apart(hits[every, pick], hits[:, best])
+        if tried.criterion is not None:
+            by_criterion = hits[every, tried.criterion.argmax(axis=1)]
+            found["by_criterion"] = rate(by_criterion)
+            found["criterion_over_held_out"] = apart(by_criterion, hits[:, best])
     if tried is not plain:
         found["per_try over plain"] = apart(statistics.per_draw(hits), statistics.per_draw(base))
         found["any_of_N over plain"] = apart(statistics.any_of(hits), statistics.any_of(base))
@@ -267,7 +283,10 @@ def result(
     """As the frame has it. p-values of one question are adjusted for all sites and ways (Holm)."""
     sites = list(dict.fromkeys(site for site, _ in chosen))
     entities = [said.entities[k] for k in next(iter(chosen.values())).scores]
-    scores = {key: figures(one, tried[key[0], "plain"], chosen[key].best, entities, seed) for key, one in tried.items()}
+    scores = {
+        key: figures(one, tried[key[0], "plain"], kin_of(said, key, chosen[key], seed), chosen[key].best, entities, seed)
+        for key, one in tried.items()
+    }
     for name in ("p", "p_kin"):
         asked = [key for key in scores if name in scores[key]]
         for key, p in zip(asked, statistics.holm([scores[key][name] for key in asked]), strict=True):
@@ -337,9 +356,12 @@ def _claims(site: str, own: Mapping[str, Mapping[str, Any]], n: int) -> tuple[st
     chosen = f"{site}: without labels, the α with the most evidence states a true fact in {gain['by_evidence']}"
     if "by_criterion" in gain:
         chosen += f", that of self-similarity and entropy in {gain['by_criterion']}"
+    chosen += (
+        f"; the α that was best for other entities ({gain['setting']}) in {gain['held_out']}, any α in {gain['per_try none']}. "
+    )
+    chosen += f"Evidence less that best one: {gain['evidence_over_held_out']}. "
     told.append(
-        f"{chosen}; the α that was best for other entities ({gain['setting']}) in {gain['held_out']}, any α in {gain['per_try none']}. "
-        f"As many draws at α = 1, chosen by evidence, reach {plain['by_evidence']}."
+        f"{chosen}As many draws at α = 1, chosen by evidence, reach {plain['by_evidence']}, norm matched {own['matched']['by_evidence']}."
     )
     return tuple(told)
 
