@@ -125,6 +125,7 @@ def test_what_is_chosen_without_labels() -> None:
     own = amplified.figures(one, one, (np.zeros((1, 3), bool), [1]), 0, entities)
     assert (own["by_evidence"].value, own["by_criterion"].value, own["held_out"].value) == (0.5, 1.0, 0.5)
     assert own["per_try none"].value == pytest.approx(1 / 3) and own["above_controls"].value == pytest.approx(0.5)
+    assert own["evidence_over_any"].value == pytest.approx(1 / 6) and own["criterion_over_any"].value == pytest.approx(2 / 3)
     assert own["evidence_over_held_out"].value == 0 and own["criterion_over_held_out"].value == 0.5
     assert own["any_of_N kin"].n == 1 and own["p_kin"] == 1.0 and "p" not in own  # it is the plain way itself
 
