@@ -129,7 +129,7 @@ def tried_by(
 
 def _rows(table: pl.DataFrame, parts: Sequence[Part], alphas: Sequence[float]) -> list[tuple[Any, ...]]:
     """(part, number of the try, entity, text, norm ratio, control, bits, verdict) of every row."""
-    of, gains = {part.name: part for part in parts}, {Scale(alpha).name: k for k, alpha in enumerate(alphas)}
+    of, gains = {part.name: part for part in parts}, {Scale(float(alpha)).name: k for k, alpha in enumerate(alphas)}
     bits = pl.min_horizontal(*(pl.col(name).cast(pl.Float64).fill_nan(None) for name in BITS))
     columns = table.select("part", "map", "draw", "entity", "text", "norm_ratio", "control", bits.alias("bits"), "verdict")
     found = []
