@@ -117,3 +117,24 @@ def test_rouge_l_by_hand() -> None:
     assert scoring.rouge_l("police killed the gunman", "police kill the gunman") == pytest.approx(0.75)
     assert scoring.rouge_l("the gunman kill police", "police kill the gunman") == pytest.approx(0.5)
     assert scoring.rouge_l("", "word") == 0.0 and scoring.rouge_l("Same, words!", "same words") == 1.0
+
+
+def test_a_difference_is_paired() -> None:
+    first, second = [1, 1, 0, 1], [0, 1, 0, 1]
+    one = statistics.difference(first, second, list("abcd"))
+    assert (one.value, one.low) == (0.25, 0.0) and 0.25 < one.high <= 0.75
+    apart = statistics.difference(second, first, list("abcd"))
+    assert apart.value == -0.25 and apart.low == pytest.approx(-one.high)
+    by_group = statistics.difference(first, second, list("abcd"), ["r", "s", "s", "s"])
+    assert by_group.value == 0.5  # the mean of 1 and 0
+
+
+def test_a_difference_that_never_varies_has_the_exact_bound() -> None:
+    bound = 0.025**0.5
+    none = statistics.difference([1, 0], [1, 0], ["a", "b"])
+    assert (none.value, none.low, none.high) == (0.0, pytest.approx(bound - 1), pytest.approx(1 - bound))
+    up = statistics.difference([1, 1], [0, 0], ["a", "b"])
+    down = statistics.difference([0, 0], [1, 1], ["a", "b"])
+    assert (up.value, up.low, up.high) == (1.0, pytest.approx(bound), 1.0)
+    assert (down.value, down.low, down.high) == (-1.0, -1.0, pytest.approx(-bound))
+    assert math.isnan(statistics.difference([], [], []).value)

@@ -67,6 +67,54 @@ def test_t_does_not_matter_at_the_last_layer() -> None:
     assert error(logits_of(own, source), logits_of(ps.scopes.attribute_lens(f), source)) < 1e-5
 
 
+def pairs_of_names(model: ps.Model) -> dict[str, tuple[ps.Patchscope, ps.Patchscope]]:
+    """Presets that are the same configuration where their settings are: (one, the other)."""
+    few = {"ab": "cd", "ef": "gh"}
+    say = {"max_new_tokens": 3}
+    shown = "ab: cd, ef: gh, x"
+    scopes = ps.scopes
+    return {
+        "describing with the source's own model": (
+            scopes.cross_model(model, ps.maps.Identity(), few, **say),
+            scopes.describe(few, **say),
+        ),
+        "one α, 1": (scopes.superscope([1], scope=scopes.describe(few, **say)), scopes.describe(few, layer="same", **say)),
+        "a description is an extraction": (scopes.extract(shown.replace(" x", " {x}"), **say), scopes.describe(few, **say)),
+        "a future lens on the prompt of identity": (scopes.future_lens("a -> a\n?", **say), scopes.identity(("a",), **say)),
+        "the second hop in a slot": (
+            scopes.self_correct("size of {x}", layer="same", **say),
+            scopes.extract("size of {x}", **say),
+        ),
+        "the second hop at its end": (scopes.self_correct("a -> a\n?", layer="same", **say), scopes.identity(("a",), **say)),
+        "no noise": (scopes.causal_tracing(model, TEXT, "cat", noise=0.0), scopes.back_patch(layer="same", max_new_tokens=1)),
+        "identity at the last layer": (scopes.identity(layer=-1), scopes.logit_lens()),
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_names_of_one_configuration_give_the_same_numbers(family: str) -> None:
+    model = loaded(family)
+    source = ps.Source(model, TEXT, position=["cat", -1], layer=[0, 2, 5])
+    for name, (one, other) in pairs_of_names(model).items():
+        found = [scope(source, controls=False, keep_logits=True) for scope in (one, other)]
+        assert found[0].logits is not None and found[1].logits is not None and found[0].table.height == 6, name
+        assert error(found[0].logits, found[1].logits) < 1e-5, name
+        assert found[0].table["text"].to_list() == found[1].table["text"].to_list(), name
+
+
+def test_one_setting_apart_gives_other_numbers() -> None:
+    """So the comparison above can fail."""
+    source = ps.Source(loaded("llama"), TEXT, position="cat", layer=[2])
+    plain = logits_of(ps.scopes.extract("size of {x}"), source)
+    for scope in (
+        ps.scopes.extract("size of {x}", layer=1),
+        ps.scopes.extract("size of {x}", map=ps.maps.Scale(3.0)),
+        ps.scopes.extract("ab of {x}"),
+        ps.Patchscope("size of {x}", write="add"),
+    ):
+        assert error(plain, logits_of(scope, source)) > 1e-3
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_presets_are_their_settings(family: str) -> None:
     """Each against full passes with one hook, at the target layer and place of the tables."""

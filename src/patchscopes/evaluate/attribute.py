@@ -7,14 +7,15 @@ stands in what T goes on with (Ghandeharioun et al. 2024, 4.2 and appendix C).
 Beside the paper's figure (for each ℓ the share of items at which some ℓ* hits, its mean over ℓ): the rate of a draw, any of all N cells
 and the same for the vectors of other entities, and one cell for all relations, chosen on one half of the entities and scored on the
 other, with its controls: nothing, a random vector, another entity's vector, the text itself. And a linear probe whose folds hold subjects
-together.
+together. With `spread="below"` nothing of the placeholder is left in the layers below ℓ* (placeholder contamination, D.3); the same
+without it is run, too, and compared item by item.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from patchscopes.core.errors import InputError
@@ -38,6 +39,7 @@ class Settings:
     at_least     relations with fewer items are left out, with a note
     tasks        relations; none: of the attribute TSVs the paper's twelve, else all
     leaks        whether prompts in which the object stands are kept
+    spread       "below": written at every layer up to ℓ*, and compared with "here", ℓ* alone
     probe        items of a relation that a probe sees at most, those above among them, whether or not the model knows them; 0: no probe
     """
 
@@ -49,13 +51,16 @@ class Settings:
     tasks: tuple[str, ...] | None = None
     leaks: bool = True
     probe: int = 48
+    spread: Literal["here", "below"] = "here"
 
 
 def plan(asked: Asked, settings: Settings) -> list[Experiment]:
     """What will be run: every item, as if the model knew all; the controls at some cell."""
     pool = _pool(asked, settings, [])
     items = _items(asked, settings, pool, [])
-    rest = [_grid(asked, settings, items), _controls(asked, settings, items, (1, 1))]
+    rest = [_grid(asked, settings, items)]
+    rest += [_grid(asked, replace(settings, spread="here"), items)] if settings.spread != "here" else []
+    rest += [_controls(asked, settings, items, (1, 1))]
     rest += [_vectors(asked, settings, _probed(asked, settings, items, pool))] if settings.probe else []
     return [*([_known(asked, settings, items)] if settings.known == "model" else []), *rest]
 
@@ -77,7 +82,11 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
     hits = extraction.grid_hits(grid, items.items)
     shared = extraction.shared_cell(hits, seed=asked.seed)
     control = recorded(asked, _controls(asked, settings, _subset(items, shared.scores), shared.cell))
-    runs += [grid, control]
+    read, plain = [grid, control], None
+    if settings.spread != "here":
+        read.append(recorded(asked, _grid(asked, replace(settings, spread="here"), items)))
+        plain = extraction.grid_hits(read[-1], hits.items, seed=asked.seed)
+    runs += read
     probes = None
     if settings.probe:
         probed = _probed(asked, settings, items, pool)
@@ -87,10 +96,10 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
     return extraction.result(
         TITLE,
         PAPER,
-        extraction.scored(hits, shared, control, probes, seed=asked.seed),
+        extraction.scored(hits, shared, control, probes, plain, seed=asked.seed),
         settings=own,
         deviations=(*deviations, *_deviations(items)),
-        caveats=(*notes, *caveats_of([grid, control])),
+        caveats=(*notes, *caveats_of(read)),
         runs=tuple(runs),
     )
 
@@ -206,13 +215,13 @@ def _known(asked: Asked, settings: Settings, items: Items) -> Experiment:
 
 def _grid(asked: Asked, settings: Settings, items: Items) -> Experiment:
     """Every source layer into every target layer."""
-    parts = _parts(items, {"layer": settings.target_layers})
+    parts = _parts(items, {"layer": settings.target_layers, **_spread_of(settings)})
     return _experiment(asked, settings, items, "attribute", parts, layers=settings.layers, controls=False)
 
 
 def _controls(asked: Asked, settings: Settings, items: Items, cell: tuple[int, int]) -> Experiment:
     """One cell, with its controls."""
-    parts = _parts(items, {"layer": cell[1]})
+    parts = _parts(items, {"layer": cell[1], **_spread_of(settings)})
     return _experiment(asked, settings, items, "attribute-controls", parts, layers=[cell[0]], controls=True)
 
 
@@ -225,6 +234,11 @@ def _vectors(asked: Asked, settings: Settings, items: Items) -> Experiment:
     return _experiment(
         asked, settings, items, "attribute-probe", parts, layers=settings.layers, controls=False, tokens=None, outputs=outputs
     )
+
+
+def _spread_of(settings: Settings) -> dict[str, Any]:
+    """Of a scope; nothing where it is the usual one, so that such runs are those of before."""
+    return {} if settings.spread == "here" else {"spread": settings.spread}
 
 
 def _parts(items: Items, scope: dict[str, Any]) -> list[dict[str, Any]]:

@@ -5,6 +5,9 @@ Each entity's state at its last token is looked at through the few-shot descript
 the entity's own name already says. The paper compares with Wikipedia's descriptions by RougeL; that stands beside, against the nearest of
 the phrases that may describe the entity.
 
+With `spread="below"` nothing of the placeholder is left in the layers below ℓ* (placeholder contamination, D.3); the same without it is
+run, too, and compared entity by entity.
+
 One layer is chosen on one half of the entities and scored on the other, with its controls: a random vector, another entity's vector,
 nothing; and any of all layers beside the same for the facts of another entity of its kind.
 """
@@ -14,7 +17,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +26,7 @@ import numpy as np
 from patchscopes.core.errors import InputError
 from patchscopes.evaluate import planted, scoring, statistics
 from patchscopes.evaluate.frame import Asked, Bars, Line, Lines, Result, Table, caveats_of, recorded, settings_of
+from patchscopes.evaluate.placeholder import spread_table
 from patchscopes.evaluate.planted import Entity
 from patchscopes.evaluate.statistics import Estimate
 from patchscopes.experiment.spec import Experiment
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
 TITLE = "Entity description"
 PAPER = "Ghandeharioun et al. 2024, Patchscopes, section 4.3, figure 3"
 EACH, QUICK, OF_POPQA = 20, 4, 200
+Read = Literal["mention", "name"]
 CONTROLS = {
     "nothing": "nothing patched in",
     "random": "random vector",
@@ -48,36 +53,41 @@ class Settings:
     source    what is read: the name alone, or a sentence that mentions the entity and says nothing of it
     tokens    said at most; layers: ℓ, with ℓ* = ℓ
     stop      what ends a description; the paper has nothing, so that descriptions of further entities follow, which would count here
+    spread    "below": written at every layer up to ℓ*, and compared with "here", ℓ* alone
     """
 
-    source: Literal["mention", "name"] = "mention"
+    source: Read = "mention"
     tokens: int = 50
     layers: str = "1:-1"
     stop: tuple[str, ...] = (",", "\n")
+    spread: Literal["here", "below"] = "here"
 
 
 def plan(asked: Asked, settings: Settings) -> list[Experiment]:
     """What will be run; the controls at some layer for half of the entities."""
-    entities, _ = _entities(asked)
+    entities, _ = drawn(asked)
     half = [e for e in entities if not statistics.in_first_half(e.name, asked.seed)]
-    return [_experiment(asked, settings, entities), _experiment(asked, settings, half, 1)]
+    plain = [_experiment(asked, replace(settings, spread="here"), entities)] if settings.spread != "here" else []
+    return [_experiment(asked, settings, entities), *plain, _experiment(asked, settings, half, 1)]
 
 
 def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
     """The figures of the module's docstring."""
     settings = settings or Settings()
-    entities, notes = _entities(asked)
+    entities, notes = drawn(asked)
     run = recorded(asked, _experiment(asked, settings, entities))
-    said = _texts(run, entities)
+    said = _texts(run)
     kept = [e for e in entities if e.name in said]
     layers = sorted({layer for by_layer in said.values() for layer in by_layer})
-    texts = [[said[e.name].get(layer, "") for layer in layers] for e in kept]
-    hits = np.array([[_true(text, e) for text in row] for row, e in zip(texts, kept, strict=True)], bool)
-    chosen = statistics.held_out(hits, [e.name for e in kept], [e.kind for e in kept], seed=asked.seed)
-    if chosen is None:
-        raise InputError(f"{len(kept)} entities cannot be split into two halves; give more (--n)")
+    texts, hits = _scored(said, kept, layers)
+    chosen = _held_out(hits, kept, asked.seed)
+    runs, plain = [run], None
+    if settings.spread != "here":
+        runs.append(recorded(asked, _experiment(asked, replace(settings, spread="here"), entities)))
+        plain = _scored(_texts(runs[-1]), kept, layers)[1]
     control = recorded(asked, _experiment(asked, settings, [kept[k] for k in chosen.scores], layers[chosen.cell]))
-    found = Described(tuple(kept), tuple(layers), texts, hits, chosen, control, asked.seed)
+    runs.append(control)
+    found = Described(tuple(kept), tuple(layers), texts, hits, chosen, control, asked.seed, plain)
     own, deviations = settings_of(settings, asked)
     deviations = (
         *deviations,
@@ -85,14 +95,14 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
     )
     if settings.source == "mention":
         deviations = (*deviations, "The entity is read in a neutral sentence; the paper's names stand alone (--set source=name).")
-    return _result(found, own, deviations, (*notes, *caveats_of([run, control])), (run, control))
+    return _result(found, own, deviations, (*notes, *caveats_of(runs)), runs)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- entities
 
 
-def _entities(asked: Asked) -> tuple[list[Entity], list[str]]:
-    """What is described, some of each kind, drawn by the seed."""
+def drawn(asked: Asked, *, each: int = EACH, quick: int = QUICK, words: int = 1) -> tuple[list[Entity], list[str]]:
+    """What is described, some of each kind, drawn by the seed, with names of at least so many words; notes on what was left out."""
     notes: list[str] = []
     found = list(planted.entities()) if asked.data is None else of_popqa(asked.data, notes)
     found = list({entity.name: entity for entity in found}.values())  # a name stands for one
@@ -101,7 +111,10 @@ def _entities(asked: Asked) -> tuple[list[Entity], list[str]]:
         notes.append(
             f"{len(found) - len(able):,} of {len(found):,} entities were left out: they have no fact that their name does not say."
         )
-    n = asked.n if asked.n is not None else QUICK if asked.quick else EACH if asked.data is None else OF_POPQA
+    if words > 1:
+        able = [e for e in able if len(e.name.split()) >= words]
+        notes.append(f"Only names of {words} words and more are read: {len(able):,} of {len(found):,} entities.")
+    n = asked.n if asked.n is not None else quick if asked.quick else each if asked.data is None else OF_POPQA
     kept = []
     for kind in dict.fromkeys(e.kind for e in able):
         own = [e for e in able if e.kind == kind]
@@ -128,19 +141,27 @@ def of_popqa(path: Path, notes: list[str]) -> list[Entity]:
     return [Entity(kind, name, tuple(dict.fromkeys(facts[name])), ()) for kind, names in halves.items() for name in names]
 
 
+def prompts_of(entities: Sequence[Entity], source: Read) -> list[dict[str, Any]]:
+    """Where each entity is read, labelled with it."""
+    found = []
+    for entity in entities:
+        text, at = planted.mention(entity.name) if source == "mention" else (entity.name, -1)
+        found.append({"text": text, "at": at, "labels": {"entity": entity.name, "kind": entity.kind}})
+    return found
+
+
 def _experiment(asked: Asked, settings: Settings, entities: Sequence[Entity], layer: int | None = None) -> Experiment:
     """All layers without controls; or one with."""
-    prompts = []
-    for entity in entities:
-        text, at = planted.mention(entity.name) if settings.source == "mention" else (entity.name, -1)
-        prompts.append({"text": text, "at": at, "labels": {"entity": entity.name, "kind": entity.kind}})
+    scope = {"name": "describe", "preset": "describe", "tokens": settings.tokens, "stop": list(settings.stop)}
+    if settings.spread != "here":
+        scope["spread"] = settings.spread
     return Experiment.model_validate(
         {
             "name": "entity" if layer is None else "entity-controls",
             "model": dict(asked.model) if not isinstance(asked.model, str) else asked.model,
-            "prompts": prompts,
+            "prompts": prompts_of(entities, settings.source),
             "layers": settings.layers if layer is None else [layer],
-            "scope": [{"name": "describe", "preset": "describe", "tokens": settings.tokens, "stop": list(settings.stop)}],
+            "scope": [scope],
             "controls": layer is not None,
             "seed": asked.seed,
             "on_bad_prompt": "skip",
@@ -153,7 +174,7 @@ def _experiment(asked: Asked, settings: Settings, entities: Sequence[Entity], la
 
 @dataclass(frozen=True)
 class Described:
-    """texts[entity][layer], hits[entity, layer]."""
+    """texts[entity][layer], hits[entity, layer]; plain: the same with nothing written below ℓ*, where that was asked."""
 
     entities: tuple[Entity, ...]
     layers: tuple[int, ...]
@@ -162,9 +183,10 @@ class Described:
     chosen: statistics.HeldOut
     control: Run
     seed: int
+    plain: np.ndarray | None = None
 
 
-def _texts(run: Run, entities: Sequence[Entity]) -> dict[str, dict[int, str]]:
+def _texts(run: Run) -> dict[str, dict[int, str]]:
     found: dict[str, dict[int, str]] = {}
     rows = run.table(control="none").select("entity", "source_layer", "text")
     for name, layer, text in rows.iter_rows():
@@ -172,7 +194,23 @@ def _texts(run: Run, entities: Sequence[Entity]) -> dict[str, dict[int, str]]:
     return found
 
 
-def _true(text: str, entity: Entity) -> bool:
+def _scored(
+    said: dict[str, dict[int, str]], entities: Sequence[Entity], layers: Sequence[int]
+) -> tuple[list[list[str]], np.ndarray]:
+    """texts[entity][layer]; hits[entity, layer]. What failed is a miss."""
+    texts = [[said.get(e.name, {}).get(layer, "") for layer in layers] for e in entities]
+    return texts, np.array([[true(text, e) for text in row] for row, e in zip(texts, entities, strict=True)], bool)
+
+
+def _held_out(hits: np.ndarray, entities: Sequence[Entity], seed: int) -> statistics.HeldOut:
+    chosen = statistics.held_out(hits, [e.name for e in entities], [e.kind for e in entities], seed=seed)
+    if chosen is None:
+        raise InputError(f"{len(entities)} entities cannot be split into two halves; give more (--n)")
+    return chosen
+
+
+def true(text: str, entity: Entity) -> bool:
+    """Whether a text names, as whole words, the object of a fact about the entity that its name does not say."""
     return scoring.names(text, scoring.echo_free(entity.facts, entity.name))
 
 
@@ -190,13 +228,13 @@ def _figures(found: Described) -> dict[str, Estimate]:
 
     partner = statistics.strangers(kinds, names, names, seed)
     pairs = [(k, j) for k, j in enumerate(partner) if j is not None]
-    crossed = np.array([[_true(text, entities[k]) for text in found.texts[j]] for k, j in pairs], bool)
+    crossed = np.array([[true(text, entities[k]) for text in found.texts[j]] for k, j in pairs], bool)
     apart = statistics.strangers([0] * len(names), kinds, names, seed)
     scored = {k for k in away}
     figures = {
         "held_out_layer": rate(hits[away, chosen.cell], away),
         "another_entitys_description": rate(
-            [_true(found.texts[j][chosen.cell], entities[k]) for k, j in enumerate(apart) if j is not None and k in scored],
+            [true(found.texts[j][chosen.cell], entities[k]) for k, j in enumerate(apart) if j is not None and k in scored],
             [k for k, j in enumerate(apart) if j is not None and k in scored],
         ),
         "another_of_its_kind": rate(
@@ -211,9 +249,17 @@ def _figures(found: Described) -> dict[str, Estimate]:
     said = found.control.table(status="ok").select("entity", "control", "text", "verdict")
     for kind in CONTROLS:
         rows = [(name, text) for name, control, text, _ in said.iter_rows() if control == kind]
-        figures[kind] = statistics.rate([float(_true(t, by_name[n])) for n, t in rows], [n for n, _ in rows], seed=seed)
+        figures[kind] = statistics.rate([float(true(t, by_name[n])) for n, t in rows], [n for n, _ in rows], seed=seed)
     verdicts = [(name, float(verdict == "above")) for name, control, _, verdict in said.iter_rows() if control == "none"]
     figures["above_controls"] = statistics.rate([v for _, v in verdicts], [n for n, _ in verdicts], seed=seed)
+    if (plain := found.plain) is not None:
+        alone = plain[away, _held_out(plain, entities, seed).cell]
+        figures["spread_here"] = rate(alone, away)
+        figures["over_spread_here"] = statistics.difference(hits[away, chosen.cell], alone, [names[k] for k in away], seed=seed)
+        figures["per_draw_spread_here"] = rate(statistics.per_draw(plain), range(len(names)))
+        figures["per_draw_over_spread_here"] = statistics.difference(
+            statistics.per_draw(hits), statistics.per_draw(plain), names, seed=seed
+        )
     if any(e.descriptions for e in entities):
         figures["rouge_l"] = rate([_rouge(found.texts[k][chosen.cell], entities[k]) for k in away], away)
     return figures
@@ -230,6 +276,13 @@ def _result(found: Described, settings: dict[str, Any], deviations: Any, caveats
         f"Some one of {len(found.layers)} layers states a true fact for {figures['any_of_all']}; for another entity of its kind some one "
         f"does for {figures['any_of_all_another_of_its_kind']}.",
     )
+    if "over_spread_here" in figures:
+        claims = (
+            *claims,
+            f"Written at every layer up to ℓ*, {figures['held_out_layer']} are true; written at ℓ* alone, at a layer of its own, "
+            f"{figures['spread_here']}; the difference, entity by entity, is {figures['over_spread_here']}. Over all layers alike it is "
+            f"{figures['per_draw_over_spread_here']}: {figures['per_draw']} against {figures['per_draw_spread_here']}.",
+        )
     headline = {
         "true at the held-out layer": figures["held_out_layer"],
         **{f"  {label}": figures[kind] for kind, label in CONTROLS.items()},
@@ -239,6 +292,12 @@ def _result(found: Described, settings: dict[str, Any], deviations: Any, caveats
         f"any of {len(found.layers)} layers": figures["any_of_all"],
         f"any of {len(found.layers)}, another of its kind": figures["any_of_all_another_of_its_kind"],
     }
+    if "over_spread_here" in figures:
+        headline |= {
+            "written at ℓ* alone": figures["spread_here"],
+            "  difference": figures["over_spread_here"],
+            "  difference per draw": figures["per_draw_over_spread_here"],
+        }
     headline |= {"RougeL at the held-out layer": f"{figures['rouge_l'].value:.3f}"} if "rouge_l" in figures else {}
     kinds = list(dict.fromkeys(e.kind for e in found.entities))
     by_kind = {kind: _of_kind(found, kind) for kind in kinds}
@@ -254,6 +313,9 @@ def _result(found: Described, settings: dict[str, Any], deviations: Any, caveats
         Table("by-kind", f"By kind of entity, layer {layer}", ("kind", "entities", "true"), kind_rows, ("true",)),
         Table("descriptions", what, ("kind", "entity", "says", "true"), examples),
     )
+    if (plain := found.plain) is not None:
+        names = [e.name for e in found.entities]
+        tables = (*tables, spread_table(found.layers, found.hits, plain, names, seed=found.seed))
     bars = Bars(
         "by-kind", f"True descriptions by kind, layer {layer}", "share", tuple(kinds), (("true", tuple(by_kind.values())),)
     )

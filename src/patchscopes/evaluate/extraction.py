@@ -12,6 +12,7 @@ from patchscopes.core.errors import InputError
 from patchscopes.evaluate import scoring, statistics
 from patchscopes.evaluate.data import Item
 from patchscopes.evaluate.frame import Bars, Heat, Line, Lines, Result, Table
+from patchscopes.evaluate.placeholder import spread_table
 from patchscopes.evaluate.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -121,10 +122,14 @@ class Scored:
     figures: dict[str, Estimate]
     by_relation: dict[str, dict[str, Estimate | float | int | None]]
     probes: Probed | None
+    plain: Hits | None = None
 
 
-def scored(hits: Hits, shared: Shared, control: Run, probes: Probed | None, *, seed: int = 0) -> Scored:
-    """All figures. Rates are means over relations, with intervals over entities."""
+def scored(
+    hits: Hits, shared: Shared, control: Run, probes: Probed | None, plain: Hits | None = None, *, seed: int = 0
+) -> Scored:
+    """All figures. Rates are means over relations, with intervals over entities. plain: the same items with nothing written below ℓ*,
+    at a cell that was chosen for it on the same half."""
     groups, clusters = hits.relations, hits.clusters
 
     def mean(values: np.ndarray, rows: Sequence[int] | None = None) -> Estimate:
@@ -147,10 +152,25 @@ def scored(hits: Hits, shared: Shared, control: Run, probes: Probed | None, *, s
         "any_of_all_other_entity": mean(null),
         "paper": mean(_any_target(hits.paper, hits.cells).mean(axis=1)),
     }
+    if plain is not None:
+        if plain.items != hits.items:
+            raise InputError(
+                f"{len(hits.items)} items were read with the state at every layer up to ℓ* and {len(plain.items)} with it at ℓ* alone; "
+                "expected the same ones"
+            )
+        other, away = plain.names[:, shared_cell(plain, seed=seed).column].astype(float), list(shared.scores)
+        figures["spread_here"] = mean(other, away)
+        figures["over_spread_here"] = statistics.difference(
+            names[away, shared.column], other[away], [clusters[k] for k in away], [groups[k] for k in away], seed=seed
+        )
+        figures["per_draw_spread_here"] = mean(statistics.per_draw(plain.names))
+        figures["per_draw_over_spread_here"] = statistics.difference(
+            statistics.per_draw(hits.names), statistics.per_draw(plain.names), clusters, groups, seed=seed
+        )
     if probes is not None:
         figures |= _probe_rates(probes, seed)
     by_relation = {name: _relation(hits, shared, probes, name, seed) for name in dict.fromkeys(groups)}
-    return Scored(hits, shared, figures, by_relation, probes)
+    return Scored(hits, shared, figures, by_relation, probes, plain)
 
 
 def _probe_rates(probes: Probed, seed: int) -> dict[str, Estimate]:
@@ -237,6 +257,12 @@ def result(title: str, paper: str, found: Scored, **more: Any) -> Result:
         f"Some one of all {n_cells} cells says it for {figures['any_of_all']}; but some one does so for another entity's object in "
         f"{figures['any_of_all_other_entity']}: the best of {n_cells} is no accuracy.",
     ]
+    if "over_spread_here" in figures:
+        claims.append(
+            f"Written at every layer up to ℓ*, the state gives {held}; written at ℓ* alone, at a cell of its own, "
+            f"{figures['spread_here']}; the difference, item by item, is {figures['over_spread_here']}. Over all cells alike it is "
+            f"{figures['per_draw_over_spread_here']}: {figures['per_draw']} against {figures['per_draw_spread_here']}."
+        )
     if "probe_held_out_layer" in figures:
         claims.append(
             "A linear probe at its best layer, chosen on other entities, its folds holding subjects together, is right in "
@@ -255,6 +281,12 @@ def result(title: str, paper: str, found: Scored, **more: Any) -> Result:
         f"any of {n_cells}, other entity": figures["any_of_all_other_entity"],
         "the paper's: any target layer, mean over layers": figures["paper"],
     }
+    if "over_spread_here" in figures:
+        headline |= {
+            "written at ℓ* alone": figures["spread_here"],
+            "  difference": figures["over_spread_here"],
+            "  difference per draw": figures["per_draw_over_spread_here"],
+        }
     headline |= {"probe, held-out layer": figures["probe_held_out_layer"]} if "probe_held_out_layer" in figures else {}
     caveats = list(more.pop("caveats", ()))
     if found.probes is not None and found.probes.left_out:
@@ -276,7 +308,7 @@ def result(title: str, paper: str, found: Scored, **more: Any) -> Result:
             "cells": n_cells,
             "by_relation": found.by_relation,
         },
-        tables=(_table(found), _cells_table(found)),
+        tables=(_table(found), _cells_table(found), *_spread_tables(found)),
         figures=_figures(found),
         caveats=tuple(dict.fromkeys(caveats)),
         **more,
@@ -317,6 +349,17 @@ def _cells_table(found: Scored) -> Table:
     means = _cell_means(hits)
     rows = tuple((layer, other, float(mean)) for (layer, other), mean in zip(hits.cells, means, strict=True))
     return Table("cells", "Every cell: mean over relations of the share read out", ("ℓ", "ℓ*", "read out"), rows, ("read out",))
+
+
+def _spread_tables(found: Scored) -> list[Table]:
+    """By target layer: the mean over source layers of what was read out with and without the layers below."""
+    if found.plain is None:
+        return []
+    hits, cells = found.hits, found.hits.cells
+    others = sorted({other for _, other in cells})
+    columns = [[k for k, (_, b) in enumerate(cells) if b == other] for other in others]
+    below, here = (np.stack([one.names[:, some].mean(axis=1) for some in columns], 1) for one in (hits, found.plain))
+    return [spread_table(others, below, here, hits.clusters, hits.relations)]
 
 
 def _cell_means(hits: Hits) -> np.ndarray:

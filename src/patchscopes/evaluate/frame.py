@@ -265,7 +265,8 @@ def _of_text(name: str, text: str, kind: Any) -> Any:
             raise UnknownName(f"unknown {name} {text!r}. {nearest(text, typing.get_args(kind))}")
         return text
     if typing.get_origin(kind) is tuple:
-        return tuple(part.strip() for part in text.split(",") if part.strip())
+        each = typing.get_args(kind)[0]
+        return tuple(_of_text(name, part.strip(), each) for part in text.split(",") if part.strip())
     try:
         if kind is bool:
             return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]

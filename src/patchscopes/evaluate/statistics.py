@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,24 @@ def mean_of_rates(
         bound = (0.5 - LEVEL / 2) ** (1 / n)
         low, high = (bound, 1.0) if value else (0.0, 1 - bound)
     return Estimate(value, float(low), float(high), len(values), n)
+
+
+def difference(
+    first: Sequence[float] | np.ndarray,
+    second: Sequence[float] | np.ndarray,
+    clusters: Sequence[Hashable],
+    groups: Sequence[Hashable] | None = None,
+    *,
+    seed: int = 0,
+) -> Estimate:
+    """The mean of first − second, paired row by row (over groups the mean of that in each), its interval over clusters. Where no row
+    differs the interval is the exact bound on n clusters, to both sides."""
+    apart = np.asarray(first, float) - np.asarray(second, float)
+    if len(apart) and (apart == -1).all():
+        found = difference(second, first, clusters, groups, seed=seed)
+        return replace(found, value=-1.0, low=-1.0, high=-found.low)
+    found = mean_of_rates(apart, [0] * len(apart) if groups is None else groups, clusters, seed=seed)
+    return found if len(apart) == 0 or apart.any() else replace(found, low=-found.high)
 
 
 def any_of(hits: np.ndarray) -> np.ndarray:
