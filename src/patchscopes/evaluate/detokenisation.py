@@ -250,7 +250,9 @@ def hits_of(run: Run, forms: Sequence[Form]) -> Hits:
 
     def table(written: str) -> np.ndarray:
         by_word = said.get(written, {})
-        return np.array([[by_word.get(w, {}).get(cell, False) for cell in cells] for w in words], bool).reshape(len(words), len(cells))
+        return np.array([[by_word.get(w, {}).get(cell, False) for cell in cells] for w in words], bool).reshape(
+            len(words), len(cells)
+        )
 
     return Hits(words, cells, table(OWN), table(ALONE), table(WHOLE) if WHOLE in said else None)
 
