@@ -27,6 +27,8 @@ from patchscopes.core.errors import InputError, NotAvailableError
 from patchscopes.evaluate import planted, statistics
 from patchscopes.evaluate.frame import Asked, Line, Lines, Result, Table, caveats_of, recorded, settings_of
 from patchscopes.evaluate.statistics import Estimate
+from patchscopes.organisms import bundled_lenses
+from patchscopes.runs.lens_folder import is_lens
 from patchscopes.runs.spec import Experiment
 
 if TYPE_CHECKING:
@@ -50,7 +52,8 @@ class Settings:
     """Every choice, as in the paper.
 
     scopes     of `SCOPES`
-    lens       a folder of affine maps, layer-3.safetensors for layer 3, as maps.save_map writes them: a tuned lens
+    lens       a tuned lens: a file or folder that training left, a folder in the public format, the name of a bundled model; or a folder of
+               affine maps, layer-3.safetensors for layer 3, as maps.save_map writes them
     longest    texts with more words are left out
     """
 
@@ -75,18 +78,23 @@ def evaluate(asked: Asked, settings: Settings | None = None, more: Sequence[Part
     return _result(run, own, deviations, (*notes, *caveats_of([run])), asked.seed)
 
 
-def lens_parts(folder: str | Path, name: str = "tuned lens") -> list[dict[str, Any]]:
-    """A lens with a map for each layer, as parts: h at layer ℓ goes through the layer's map into the last layer. NotAvailableError if there
-    is no map in the folder."""
-    found = {int(m[1]): path for path in Path(folder).glob("*.safetensors") if (m := re.search(r"(\d+)$", path.stem))}
+def lens_parts(lens: str | Path, name: str = "tuned lens") -> list[dict[str, Any]]:
+    """A lens as parts: h at layer ℓ goes through the layer's map into the last layer. lens: see `Settings`. NotAvailableError if there is
+    none."""
+    path = Path(lens)
+    path = path if path.exists() else bundled_lenses().get(str(lens), path)
+    scope = {"name": name, "preset": "logit-lens"}
+    if path.is_file() or (path.is_dir() and is_lens(path)):
+        return [{"name": name, "layers": "0:-1", "scope": [{**scope, "map": [{"tuned_lens": str(path.resolve())}]}]}]
+    found = {int(m[1]): file for file in path.glob("*.safetensors") if (m := re.search(r"(\d+)$", file.stem))}
     if not found:
         raise NotAvailableError(
-            f"no maps in {str(folder)!r}: expected layer-0.safetensors and so on, as maps.save_map writes them"
+            f"no maps in {str(path)!r}: expected a tuned lens (tuned_lens.safetensors, or config.json and params.pt), or "
+            "layer-0.safetensors and so on, as maps.save_map writes them"
         )
-    scope = {"name": name, "preset": "logit-lens"}
     return [
-        {"name": f"{name} {layer}", "layers": [layer], "scope": [{**scope, "map": [{"affine": str(path.resolve())}]}]}
-        for layer, path in sorted(found.items())
+        {"name": f"{name} {layer}", "layers": [layer], "scope": [{**scope, "map": [{"affine": str(file.resolve())}]}]}
+        for layer, file in sorted(found.items())
     ]
 
 
