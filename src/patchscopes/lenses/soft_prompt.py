@@ -34,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from patchscopes.controls.vectors import random_like
 from patchscopes.core.edits import Edit
 from patchscopes.core.errors import InputError, LayerError, RefusedError, VectorError
 from patchscopes.core.files import make_folder, write_json, write_whole
@@ -47,13 +48,13 @@ from patchscopes.maps import Affine, Moments
 from patchscopes.maps.states import split
 from patchscopes.model.model import Model
 from patchscopes.model.tokens import Tokens, show_ids
-from patchscopes.scopes.future_lens import FUTURE_PROMPTS, future_lens
+from patchscopes.scopes.future_lens import future_lens
 from patchscopes.scopes.patchscope import Patchscope
 from patchscopes.scopes.source import Source
 
 PROMPT, FORMAT = "soft_prompt.safetensors", 1
 RIDGE = 1e-3  # of the linear baseline
-AT_ONCE = 64  # texts of a pass
+AT_ONCE, DRAWS = 64, 8  # texts of a pass; random prompts of a check
 
 
 @dataclass(frozen=True)
@@ -159,20 +160,22 @@ class SoftPrompt:
             raise InputError(f"the soft prompt has token ids up to {max(self.ids)}; {model.name} has {model.vocab} tokens")
 
     def check(self, model: Model, texts: Sequence[str] | None = None) -> tuple[float, float]:
-        """(bits a token of the soft prompt, of the first fixed prompt) on texts or (None) on what the model says itself. RefusedError if
-        the soft prompt is further from the model; VectorError, LayerError or InputError if it cannot be used at all."""
+        """(bits a token of the soft prompt, the least of prompts that were not learned) on texts or (None) on what the model says itself.
+        Not learned are a bare "x" and random vectors of the same norms, drawn eight times. RefusedError if one of them is as close to the
+        model; VectorError, LayerError or InputError if the soft prompt cannot be used at all."""
         self.require(model)
-        recipe = PromptRecipe(ahead=self.ahead, per_text=2)
-        some = futures(model, own_windows(model) if texts is None else windows(model, texts), self.layer, recipe)
-        fixed = model.tokens(FUTURE_PROMPTS[0])
-        mine, other = self.divergence(model, some), _divergence(model, fixed.ids, self.layer, some)
-        if not mine < other:
+        some = windows(model, texts) if texts is not None else own_windows(model)
+        seen = futures(model, some, self.layer, PromptRecipe(ahead=self.ahead, per_text=2))
+        random_ones = [replace(self, slots=random_like(self.slots, f"soft prompt {k}")) for k in range(DRAWS)]
+        others = [one.divergence(model, seen) for one in random_ones]
+        mine, least = self.divergence(model, seen), min(_divergence(model, model.tokens("x").ids, self.layer, seen), *others)
+        if not mine < least:
             raise RefusedError(
                 f"this soft prompt does not fit {model.name}: what the model says behind it is {mine:.2f} bits a token (KL) from its own "
-                f"text, behind the fixed prompt {FUTURE_PROMPTS[0]!r} {other:.2f}. It was most likely trained for another model. "
-                "Pass check=False to use it all the same"
+                f"text, behind prompts that were not learned {least:.2f}. It was most likely trained for another model. Pass check=False "
+                "to use it all the same"
             )
-        return mine, other
+        return mine, least
 
     def divergence(self, model: Model, some: Futures) -> float:
         """E Σₙ KL(pₙ ‖ qₙ) / N, bits."""
