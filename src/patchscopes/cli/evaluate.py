@@ -24,6 +24,10 @@ EXPERIMENTS = {
     "attribute": ("patchscopes.evaluate.attribute", "can attributes of an entity be extracted, beside a probe?"),
     "entity": ("patchscopes.evaluate.entity", "do descriptions of an entity state true facts?"),
     "superscopes": ("patchscopes.evaluate.superscopes", "do amplified states say more that is true, and which α does?"),
+    "detokenisation": (
+        "patchscopes.evaluate.detokenisation",
+        "at which layer does a word's last token stand for the whole word?",
+    ),
     "multihop": ("patchscopes.evaluate.multihop", "do questions of two hops come out right one hop after the other?"),
     "hop-stages": ("patchscopes.evaluate.hop_stages", "at which layers is a question of two hops worked out?"),
     "back-patching": (

@@ -7,6 +7,7 @@ from patchscopes.core.errors import PositionError, UnknownName, nearest
 SCOPES = ("back-patch", "describe", "identity", "identity-bare", "logit-lens", "embedding-space", "future-lens", "selfie")
 LENSES = ("logit-lens", "embedding-space")  # made by scopes.named
 SLOT = "{x}"  # stands in a target prompt where the state goes
+LENS_FILES = (("tuned_lens.safetensors",), ("config.json", "params.pt"))  # of a folder: as it is trained here; public
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 
 

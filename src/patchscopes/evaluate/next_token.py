@@ -26,6 +26,7 @@ from patchscopes.core.errors import InputError, NotAvailableError
 from patchscopes.evaluate import planted, statistics
 from patchscopes.evaluate.frame import Asked, Line, Lines, Result, Table, caveats_of, recorded, settings_of
 from patchscopes.evaluate.statistics import Estimate
+from patchscopes.experiment.lens_folder import is_lens
 from patchscopes.experiment.spec import Experiment
 from patchscopes.organisms import bundled_lenses
 
@@ -50,7 +51,8 @@ class Settings:
     """Every choice, as in the paper.
 
     scopes     of `SCOPES`
-    lens       a file of a tuned lens; none: that of the model, where it is bundled
+    lens       a tuned lens: a file or folder that training left, a folder in the public format, the name of a bundled model; none: that of
+               the model, where it is bundled
     longest    texts with more words are left out
     """
 
@@ -76,12 +78,18 @@ def evaluate(asked: Asked, settings: Settings | None = None, more: Sequence[Part
 
 
 def _lens(asked: Asked, settings: Settings) -> list[Part]:
-    """The tuned lens as a part: h at every layer goes through the layer's map into the last layer."""
-    file = settings.lens or bundled_lenses().get(str(asked.spec.name))
-    if file is None:
+    """The tuned lens as a part: h at layer ℓ < L goes through the layer's map into the last layer. NotAvailableError if there is none at
+    the path."""
+    there = bundled_lenses()
+    path = there.get(str(asked.spec.name)) if settings.lens is None else there.get(settings.lens, Path(settings.lens))
+    if path is None:
         return []
-    scope = {"name": TUNED, "preset": "logit-lens", "map": [{"tuned_lens": str(Path(file).resolve())}]}
-    return [{"name": TUNED, "layers": "all", "scope": [scope]}]
+    if not (path.is_file() or (path.is_dir() and is_lens(path))):
+        raise NotAvailableError(
+            f"no tuned lens in {str(path)!r}: expected a file, or a folder with tuned_lens.safetensors or with config.json and params.pt"
+        )
+    scope = {"name": TUNED, "preset": "logit-lens", "map": [{"tuned_lens": str(path.resolve())}]}
+    return [{"name": TUNED, "layers": "0:-1", "scope": [scope]}]
 
 
 # ----------------------------------------------------------------------------------------------------------------------- experiment

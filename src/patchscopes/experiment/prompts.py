@@ -18,6 +18,7 @@ from typing import Any
 from patchscopes.core.errors import InputError, nearest
 from patchscopes.experiment import grammar
 from patchscopes.experiment.dataset_folder import dataset_files, is_dataset, read_dataset
+from patchscopes.experiment.lens_folder import lens_files
 from patchscopes.experiment.spec import Experiment
 from patchscopes.experiment.spec_tables import PromptFile, PromptSpec, Scalar, VectorFile
 
@@ -204,7 +205,8 @@ def _jsonl(path: Path) -> dict[str, Column]:
 
 
 def content(path: Path) -> str:
-    """A hash of what a file holds: "sha256:…"; of a dataset folder, of its tables. InputError if it is not there."""
+    """A hash of what a file holds: "sha256:…"; of a dataset folder, of its tables; of a lens folder, of its lens. InputError if it
+    is not there."""
     digest = hashlib.sha256()
     try:
         if path.is_dir() and is_dataset(path):
@@ -212,6 +214,9 @@ def content(path: Path) -> str:
                 digest.update(json.dumps([split, len(files)]).encode())
                 for file in files:
                     digest.update(bytes.fromhex(_hash(file)))
+        elif path.is_dir():
+            for file in lens_files(path):
+                digest.update(file.name.encode() + bytes.fromhex(_hash(file)))
         else:
             return f"sha256:{_hash(path)}"
     except OSError as e:

@@ -166,7 +166,9 @@ class FileMap(Table):
 class TunedLensMap(Table):
     """f(h) = h + W h + b of each layer, into the last."""
 
-    tuned_lens: File = Field(description="A safetensors file of a tuned lens. It is compared with the model before it is used.")
+    tuned_lens: File = Field(
+        description="A tuned lens: a safetensors file, a folder that training left or a public one. It is compared with the model."
+    )
 
 
 class JacobianLensMap(Table):

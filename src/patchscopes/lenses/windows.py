@@ -88,7 +88,7 @@ def batches(some: Sequence[Window], tokens: int = TOKENS_AT_ONCE) -> list[list[W
 
 def see(model: Model, batch: Sequence[Window], layers: Sequence[int]) -> Seen:
     """One pass over a batch."""
-    run = model.run([_as_tokens(ids) for ids in batch], read=[f"resid.{layer}" for layer in layers])
+    run = model.run([as_tokens(ids) for ids in batch], read=[f"resid.{layer}" for layer in layers])
     real = run.mask.to(run.logits.device)
     following = torch.tensor([i for ids in batch for i in (*ids[1:], -1)], device=run.logits.device)
     return Seen({layer: run[f"resid.{layer}"][real] for layer in layers}, run.logits[real].float().log_softmax(-1), following)
@@ -123,6 +123,7 @@ def read_texts(path: str | Path, column: str = "text") -> list[str]:
     return [str(text) for text in table[column].drop_nulls().to_list() if str(text).strip()]
 
 
-def _as_tokens(ids: Window) -> Tokens:
+def as_tokens(ids: Window) -> Tokens:
+    """Ids that no text was read for."""
     none = tuple((0, 0) for _ in ids)
     return Tokens("", ids, tuple("" for _ in ids), none, tuple(False for _ in ids))

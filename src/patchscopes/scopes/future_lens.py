@@ -5,7 +5,7 @@ the state at layer ℓ and position t, what comes at t + 1, t + 2, … Three way
 
     fixed prompt   T asks for what is to come, i* = its last token, ℓ* = ℓ, f = identity: `future_lens`
     linear         a map from ℓ at t to the last layer at t + N, read through the head: `linear_shortcut` of a map that was fitted so
-    soft prompt    T is ten learned vectors, i* = the last of them, ℓ* = ℓ: `soft_prompt`
+    soft prompt    T is ten learned embeddings, i* = the last of them, ℓ* = ℓ: `lenses.train_soft_prompt`
 
 The paper's four fixed prompts are `FUTURE_PROMPTS`; the readings of all of them are one call, with `target` in the table.
 """
