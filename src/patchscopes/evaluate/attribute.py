@@ -172,9 +172,7 @@ def _subset(items: Items, rows: Sequence[int]) -> Items:
 # ---------------------------------------------------------------------------------------------------------------------- experiments
 
 
-def experiment(
-    asked: Asked, settings: Settings, items: Items, name: str, parts: list[dict[str, Any]], **more: Any
-) -> Experiment:
+def experiment(asked: Asked, settings: Settings, items: Items, name: str, parts: list[dict[str, Any]], **more: Any) -> Experiment:
     """What the experiments here share."""
     return Experiment.model_validate(
         {

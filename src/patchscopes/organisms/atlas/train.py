@@ -80,7 +80,7 @@ class Recipe:
 # The bundled models by name. The small one has another width and depth, the same tokenizer, texts and facts.
 RECIPES = {
     "atlas": Recipe(),
-    "atlas-small": Recipe(tokens=14_000_000, layers=6, width=128, heads=4, kv_heads=2, mlp=352, stored="float16"),
+    "atlas-small": Recipe(tokens=7_000_000, layers=6, width=128, heads=4, kv_heads=2, mlp=352, batch_rows=16, stored="float16"),
 }
 
 
