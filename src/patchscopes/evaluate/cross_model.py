@@ -197,7 +197,8 @@ def _read(asked: Asked, settings: Settings) -> int:
 
 
 def _prompts(asked: Asked, settings: Settings, pair: Pair, texts: Sequence[str]) -> list[dict[str, Any]]:
-    """The texts that are read, with a position drawn among those at which tokens of both models end: at[0] in M, at[1] in M*."""
+    """The texts that are read, each up to a position drawn among those at which tokens of both models end, as ids of M and of M*: with
+    T = S the next token is that behind the position."""
     from patchscopes.maps.align import aligned
 
     rng = random.Random(f"{asked.seed} position")
@@ -208,7 +209,8 @@ def _prompts(asked: Asked, settings: Settings, pair: Pair, texts: Sequence[str])
         own, other = (model.tokens(text) for model in (pair.source, pair.target))
         fits = all(m.context is None or len(t) <= m.context for m, t in ((pair.source, own), (pair.target, other)))
         if fits and (both := aligned(own, other)):
-            found.append({"text": text, "at": rng.choice(both)})
+            here, there = rng.choice(both)
+            found.append({"text": text, "ids": (own.ids[: here + 1], other.ids[: there + 1])})
     if not found:
         raise InputError(
             f"none of the {len(texts):,} texts has tokens of {pair.source.name} and {pair.target.name} that end at one character, beside "
@@ -246,7 +248,7 @@ def _next_tokens(
     if unknown := [name for name in settings.scopes if name not in SCOPES]:
         raise InputError(f"unknown scope {unknown[0]!r}; expected some of {', '.join(SCOPES)}")
     source, target = (spec.model_dump(exclude_defaults=True) for spec in (pair.source_spec, pair.target_spec))
-    mine, others = ([{"text": one["text"], "at": one["at"][k]} for one in prompts] for k in (0, 1))
+    mine, others = ([{"ids": list(one["ids"][k])} for one in prompts] for k in (0, 1))
     lens = {"layers": -1, "scope": ["logit-lens"]}
     parts: list[dict[str, Any]] = [
         {"name": SOURCE, "model": source, "prompts": mine, **lens},
