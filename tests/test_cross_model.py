@@ -178,6 +178,14 @@ def test_another_tokenizer_is_compared_as_text_and_told(pair: dict[str, ps.Model
     assert any("different tokens" in text for text in found.caveats)
 
 
+def test_texts_that_share_no_position_are_told(pair: dict[str, ps.Model], tmp_path: Path) -> None:
+    tokenizer = word_tokenizer()
+    both = {**pair, "big": ps.load((llama(WIDE, vocab=len(tokenizer)), tokenizer))}
+    (tmp_path / "texts.txt").write_text("ab\ncd\nef")  # one token of the one, whose first is left out
+    with pytest.raises(PatchscopesError, match="none of the 3 texts has tokens of .* that end at one character"):
+        cross_model.evaluate(asked(both, tmp_path), dataclasses.replace(SETTINGS, texts=str(tmp_path / "texts.txt")))
+
+
 def test_maps_of_another_width_are_refused(pair: dict[str, ps.Model], tmp_path: Path, texts: str) -> None:
     maps.save_map(tmp_path / "square.safetensors", maps.Affine(torch.eye(NARROW)))
     settings = dataclasses.replace(SETTINGS, texts=texts, map=str(tmp_path / "square.safetensors"))

@@ -151,7 +151,10 @@ def _models(asked: Asked, settings: Settings) -> Pair:
     from patchscopes.runs.conditions import outline_spec
 
     target = asked.spec
-    named = {**target.model_dump(exclude_defaults=True, exclude={"name", "revision"}), "name": settings.source}
+    named = {
+        **target.model_dump(exclude_defaults=True, exclude={"name", "revision", "trust_remote_code"}),
+        "name": settings.source,
+    }
     source = Experiment.model_validate({"model": named, "prompts": "x"}).model[0]
     if source.key == target.key:
         raise InputError(f"the source is {source.key!r}, and so is the model that speaks; give another one: --set source=NAME")
