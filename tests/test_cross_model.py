@@ -182,7 +182,7 @@ def test_texts_that_share_no_position_are_told(pair: dict[str, ps.Model], tmp_pa
     tokenizer = word_tokenizer()
     both = {**pair, "big": ps.load((llama(WIDE, vocab=len(tokenizer)), tokenizer))}
     (tmp_path / "texts.txt").write_text("ab\ncd\nef")  # one token of the one, whose first is left out
-    with pytest.raises(PatchscopesError, match="none of the 3 texts has tokens of .* that end at one character"):
+    with pytest.raises(PatchscopesError, match=r"none of the 3 texts has tokens of .* that end at one character"):
         cross_model.evaluate(asked(both, tmp_path), dataclasses.replace(SETTINGS, texts=str(tmp_path / "texts.txt")))
 
 
