@@ -18,7 +18,7 @@ from patchscopes.organisms import bundled
 from patchscopes.organisms.atlas.corpus import Corpus, fill
 from patchscopes.organisms.atlas.facts import KINDS, world
 from patchscopes.organisms.atlas.relations import HELD_OUT_MENTIONS, NEVER_SEEN, RELATIONS, SKELETONS, held_out, trained
-from patchscopes.organisms.atlas.train import Progress, Recipe, batch, build_tokenizer, train
+from patchscopes.organisms.atlas.train import RECIPES, Progress, Recipe, batch, build_tokenizer, train
 
 SMALL = replace(Recipe().scaled(0.02), layers=2, context=64, batch_rows=4, tokens=64 * 4 * 12, vocab=600)
 
@@ -169,7 +169,7 @@ class TestAtlas:
         assert (bundled()["atlas"] / "README.md").exists()
 
     def test_its_recipe_is_the_projects(self) -> None:
-        assert Recipe(**json.loads((bundled()["atlas"] / "recipe.json").read_text())) == Recipe()
+        assert Recipe(**json.loads((bundled()["atlas"] / "recipe.json").read_text())) == RECIPES["atlas"] == Recipe()
 
     def test_it_knows_its_facts_and_they_can_be_read_out(self, model: ps.Model) -> None:
         """On a sample; `patchscopes organism evaluate atlas` measures all."""
@@ -186,6 +186,28 @@ class TestAtlas:
         torch.manual_seed(0)
         scores = evaluate(ps.load((LlamaForCausalLM(model.hf.config).eval(), model.tokenizer)), n=20)
         assert scores.recall.share == 0 and scores.extraction.n == 0
+
+
+@pytest.mark.skipif("atlas-small" not in bundled(), reason="this checkout has no weights of atlas-small")
+class TestAtlasSmall:
+    def test_it_is_the_recipes_and_reads_as_atlas_does(self) -> None:
+        folder = bundled()["atlas-small"]
+        assert Recipe(**json.loads((folder / "recipe.json").read_text())) == RECIPES["atlas-small"]
+        assert (folder / "tokenizer.json").read_bytes() == (bundled()["atlas"] / "tokenizer.json").read_bytes()
+        assert (folder / "model.safetensors").stat().st_size <= 5e6 and (folder / "README.md").exists()
+
+    def test_it_knows_most_facts(self) -> None:
+        model = ps.load("atlas-small")
+        assert (model.d_model, model.n_layers, model.dtype) == (128, 6, torch.float32)
+        scores = evaluate(model, n=120)
+        assert scores.recall.share >= 0.8 and scores.extraction.share >= 0.5
+        assert max(scores.extraction_random.share, scores.extraction_others.share) <= 0.14
+
+
+def test_weights_are_stored_as_the_recipe_says(tmp_path: Path) -> None:
+    folder = train(tmp_path, replace(SMALL, tokens=256, stored="float16"), compile=False)
+    assert {t.dtype for t in load_file(folder / "model.safetensors").values()} == {torch.float16}
+    assert ps.load(str(folder)).dtype == torch.float32
 
 
 def test_an_answer_counts_as_whole_words() -> None:

@@ -14,9 +14,10 @@ import patchscopes as ps
 from patchscopes.core.errors import InputError, NotAvailableError, RefusedError
 from patchscopes.evaluate import next_token
 from patchscopes.evaluate.frame import Asked
+from patchscopes.experiment import Experiment
 from patchscopes.experiment.documents import rooted
 from patchscopes.lenses import load_tuned_lens
-from patchscopes.runs import Experiment, open_run, sweep
+from patchscopes.runs import open_run, sweep
 
 TEXTS = ["The capital of France", "My sister saw a lynx"]
 

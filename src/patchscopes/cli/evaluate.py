@@ -34,6 +34,10 @@ EXPERIMENTS = {
         "patchscopes.evaluate.back_patching",
         "do late states, written back earlier, correct questions of two hops?",
     ),
+    "cross-model": (
+        "patchscopes.evaluate.cross_model",
+        "can a model say what another model's states hold, through an affine map?",
+    ),
 }
 
 

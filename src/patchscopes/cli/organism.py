@@ -6,6 +6,7 @@ import json as json_
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +20,7 @@ from patchscopes.core.files import make_folder
 if TYPE_CHECKING:
     from patchscopes.organisms.atlas.train import Progress
 
-ORGANISMS = ("atlas",)
+ORGANISMS = ("atlas", "atlas-small")
 QUICK = 100  # facts in each figure of a quick evaluation
 EVERY = 30.0  # seconds between lines where there is no terminal
 
@@ -44,13 +45,13 @@ def train(
     require_device(device)
     make_folder(out)
     say("preparing texts and model; the first report may take minutes")
-    from patchscopes.organisms.atlas.train import Recipe
+    from patchscopes.organisms.atlas.train import RECIPES
     from patchscopes.organisms.atlas.train import train as train_atlas
 
     started = time.monotonic()
     try:
         with _training() as report:
-            train_atlas(out, Recipe(seed=seed).scaled(scale), device=device, report=report)
+            train_atlas(out, replace(RECIPES[name], seed=seed).scaled(scale), device=device, report=report)
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
         kept = (out / "checkpoint").exists()
         say(f"{out} keeps the last checkpoint; the same command goes on from it" if kept else "there was no checkpoint yet")

@@ -56,28 +56,28 @@ class Settings:
 
 def plan(asked: Asked, settings: Settings) -> list[Experiment]:
     """What will be run: every item, as if the model knew all; the controls at some cell."""
-    pool = _pool(asked, settings, [])
-    items = _items(asked, settings, pool, [])
+    pool = askable(asked, settings, [])
+    items = sample(asked, settings, pool, [])
     rest = [_grid(asked, settings, items)]
     rest += [_grid(asked, replace(settings, spread="here"), items)] if settings.spread != "here" else []
     rest += [_controls(asked, settings, items, (1, 1))]
     rest += [_vectors(asked, settings, _probed(asked, settings, items, pool))] if settings.probe else []
-    return [*([_known(asked, settings, items)] if settings.known == "model" else []), *rest]
+    return [*([asking(asked, settings, items)] if settings.known == "model" else []), *rest]
 
 
 def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
     """The figures of the module's docstring."""
     settings = settings or Settings()
     notes: list[str] = []
-    pool = _pool(asked, settings, notes)
-    items = _items(asked, settings, pool, notes)
+    pool = askable(asked, settings, notes)
+    items = sample(asked, settings, pool, notes)
     runs = []
     if settings.known == "model":
-        runs.append(recorded(asked, _known(asked, settings, items)))
-        known = extraction.knows(runs[0], _by_target(items))
+        runs.append(recorded(asked, asking(asked, settings, items)))
+        known = extraction.knows(runs[0], by_target(items))
         kept = tuple(item for item in items.items if item in known)
         notes.append(f"The model knows {len(kept):,} of {len(items.items):,} items; the others are left out.")
-        items = _enough(Items(items.name, kept, items.stop), settings, notes)
+        items = enough(Items(items.name, kept, items.stop), settings, notes)
     grid = recorded(asked, _grid(asked, settings, items))
     hits = extraction.grid_hits(grid, items.items)
     shared = extraction.shared_cell(hits, seed=asked.seed)
@@ -116,7 +116,7 @@ def _deviations(items: Items) -> tuple[str, ...]:
 # ---------------------------------------------------------------------------------------------------------------------------- items
 
 
-def _pool(asked: Asked, settings: Settings, notes: list[str]) -> Items:
+def askable(asked: Asked, settings: Settings, notes: list[str]) -> Items:
     """All that can be asked about."""
     data = items_of(asked.data)
     tasks = settings.tasks
@@ -140,10 +140,10 @@ def _pool(asked: Asked, settings: Settings, notes: list[str]) -> Items:
     return Items(data.name, tuple(found), data.stop)
 
 
-def _items(asked: Asked, settings: Settings, pool: Items, notes: list[str]) -> Items:
+def sample(asked: Asked, settings: Settings, pool: Items, notes: list[str]) -> Items:
     """What is asked about."""
     n = asked.n if asked.n is not None else QUICK_EACH if asked.quick else EACH if asked.data is None else None
-    return _enough(Items(pool.name, tuple(sampled(pool.items, n, asked.seed)), pool.stop), settings, notes)
+    return enough(Items(pool.name, tuple(sampled(pool.items, n, asked.seed)), pool.stop), settings, notes)
 
 
 def _probed(asked: Asked, settings: Settings, items: Items, pool: Items) -> Items:
@@ -159,7 +159,7 @@ def _spread(items: Sequence[Item]) -> list[str]:
     return names[:: max(1, len(names) // QUICK_RELATIONS)][:QUICK_RELATIONS]
 
 
-def _enough(items: Items, settings: Settings, notes: list[str]) -> Items:
+def enough(items: Items, settings: Settings, notes: list[str]) -> Items:
     """Without relations that have too few items to split."""
     counts = Counter(item.relation for item in items.items)
     few = {name for name, n in counts.items() if n < settings.at_least}
@@ -181,9 +181,8 @@ def _subset(items: Items, rows: Sequence[int]) -> Items:
 # ---------------------------------------------------------------------------------------------------------------------- experiments
 
 
-def _experiment(
-    asked: Asked, settings: Settings, items: Items, name: str, parts: list[dict[str, Any]], **more: Any
-) -> Experiment:
+def experiment(asked: Asked, settings: Settings, items: Items, name: str, parts: list[dict[str, Any]], **more: Any) -> Experiment:
+    """What the experiments here share."""
     return Experiment.model_validate(
         {
             "name": name,
@@ -198,7 +197,7 @@ def _experiment(
     )
 
 
-def _known(asked: Asked, settings: Settings, items: Items) -> Experiment:
+def asking(asked: Asked, settings: Settings, items: Items) -> Experiment:
     """Does the model say the object when asked in words? The question with the subject in it, to which nothing is added (0 · h): plain
     greedy decoding, as a run."""
     parts = [
@@ -208,21 +207,21 @@ def _known(asked: Asked, settings: Settings, items: Items) -> Experiment:
             "layers": [0],
             "scope": [{"name": target, "prompt": extraction.questions(some), "at": -1, "layer": 0, "write": "add"}],
         }
-        for name, target, some in _by_target(items)
+        for name, target, some in by_target(items)
     ]
-    return _experiment(asked, settings, items, "attribute-known", parts, map=[{"scale": 0.0}], controls=False)
+    return experiment(asked, settings, items, "attribute-known", parts, map=[{"scale": 0.0}], controls=False)
 
 
 def _grid(asked: Asked, settings: Settings, items: Items) -> Experiment:
     """Every source layer into every target layer."""
-    parts = _parts(items, {"layer": settings.target_layers, **_spread_of(settings)})
-    return _experiment(asked, settings, items, "attribute", parts, layers=settings.layers, controls=False)
+    parts = parts_of(items, {"layer": settings.target_layers, **_spread_of(settings)})
+    return experiment(asked, settings, items, "attribute", parts, layers=settings.layers, controls=False)
 
 
 def _controls(asked: Asked, settings: Settings, items: Items, cell: tuple[int, int]) -> Experiment:
     """One cell, with its controls."""
-    parts = _parts(items, {"layer": cell[1], **_spread_of(settings)})
-    return _experiment(asked, settings, items, "attribute-controls", parts, layers=[cell[0]], controls=True)
+    parts = parts_of(items, {"layer": cell[1], **_spread_of(settings)})
+    return experiment(asked, settings, items, "attribute-controls", parts, layers=[cell[0]], controls=True)
 
 
 def _vectors(asked: Asked, settings: Settings, items: Items) -> Experiment:
@@ -231,7 +230,7 @@ def _vectors(asked: Asked, settings: Settings, items: Items) -> Experiment:
     prompts = [{"text": text, "at": at, "labels": {"at": at}} for text, at in keys]
     parts = [{"name": "vectors", "prompts": prompts, "scope": ["logit-lens"]}]
     outputs = {"vectors": True}
-    return _experiment(
+    return experiment(
         asked, settings, items, "attribute-probe", parts, layers=settings.layers, controls=False, tokens=None, outputs=outputs
     )
 
@@ -241,16 +240,17 @@ def _spread_of(settings: Settings) -> dict[str, Any]:
     return {} if settings.spread == "here" else {"spread": settings.spread}
 
 
-def _parts(items: Items, scope: dict[str, Any]) -> list[dict[str, Any]]:
+def parts_of(items: Items, scope: dict[str, Any]) -> list[dict[str, Any]]:
+    """A part for each relation: its entities, each where it is mentioned, through the relation in words."""
     parts = []
-    for relation, target, some in _by_target(items):
+    for relation, target, some in by_target(items):
         keys = list(dict.fromkeys((item.prompt, item.at) for item in some))
         prompts = [{"text": text, "at": at, "labels": {"at": at}} for text, at in keys]
         parts.append({"name": relation, "prompts": prompts, "scope": [{"name": target, "prompt": target, **scope}]})
     return parts
 
 
-def _by_target(items: Items) -> list[tuple[str, str, list[Item]]]:
+def by_target(items: Items) -> list[tuple[str, str, list[Item]]]:
     """(name of the part, target prompt, items); a relation with several target prompts has a part for each."""
     found: dict[tuple[str, str], list[Item]] = {}
     for item in items.items:

@@ -61,7 +61,7 @@ def questions(items: Sequence[Item]) -> list[str]:
 
 def knows(run: Run, parts: Sequence[tuple[str, str, Sequence[Item]]]) -> set[Item]:
     """The items whose object the model says when asked in words, by the paper's test. parts: (name, target prompt, items) of the run (see
-    `attribute._known`)."""
+    `attribute.asking`)."""
     rows = run.table(control="none", status="ok").select("part", "target", "text")
     said = {(part, k): text for part, k, text in rows.iter_rows()}
     texts: dict[str, str] = {}  # by question: what two parts ask was asked once

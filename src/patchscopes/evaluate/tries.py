@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,12 +49,15 @@ def hits_at(table: pl.DataFrame, wanted: Sequence[tuple[str, str, Question]], te
     return Hits(pairs, {kind: values.reshape(len(wanted), len(pairs)) for kind, values in hits.items()})
 
 
-def figures(found: Hits, some: np.ndarray, clusters: Sequence[str], seed: int = 0) -> dict[str, Any]:
-    """Of the N pairs marked in `some`, for each kind of vector: the rate of a try, of the best of N, and of one pair that was chosen for
-    the own states on half of the clusters, on the other half. p: McNemar's, of the best of N own tries against N of another question's."""
+def figures(
+    found: Hits, some: np.ndarray, clusters: Sequence[str], seed: int = 0, kinds: Iterable[str] = KINDS
+) -> dict[str, Any]:
+    """Of the N pairs marked in `some`, for each of these kinds of vector: the rate of a try, of the best of N, and of one pair that was
+    chosen for the own states on half of the clusters, on the other half. p: McNemar's, of the best of N own tries against N of another
+    question's."""
     none = found.hits["none"][:, some]
     scores: dict[str, Any] = {"n_tries": int(some.sum())}
-    kinds = [kind for kind in KINDS if kind in found.hits]
+    kinds = [kind for kind in kinds if kind in found.hits]
     for kind in kinds:
         hits = found.hits[kind][:, some]
         scores[f"any_of_N {kind}"] = statistics.rate(statistics.any_of(hits).astype(float), clusters, seed=seed)

@@ -17,7 +17,7 @@ states, and report no held-out error. Here the last layer is raw, so that the mo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,6 +102,7 @@ def fit(
     ridge: float | Literal["auto"] = "auto",
     positions: int | None = None,
     held_out: float = 0.2,
+    shuffled: bool = False,
     site: str = "resid",
     seed: int = 0,
     progress: Progress = lambda done, of, what: None,
@@ -114,6 +115,8 @@ def fit(
     ridge      "auto": the one of `RIDGES` that does best from one half of the fitted text to the other, for each pair
     positions  at most so many of each text, drawn; None: all but the first
     held_out   share of the texts that the maps never see
+    shuffled   fit to pairs that do not belong together, each source with some other position's target: a control, which knows what the
+               target's states are like and nothing of what was read. The reports are about true pairs
     """
     if (rank is None) == (kind == "low_rank"):
         raise InputError(f"kind is {kind!r} and rank is {rank}; a rank belongs to low_rank, and low_rank to a rank")
@@ -122,8 +125,9 @@ def fit(
     where = states(model, target, layers, site)
     fitted, away = split(texts, held_out, seed)
     seen = where.texts(fitted, positions, seed)
+    read = replace(where, dealt=seed) if shuffled else where
     halves = [
-        _moments(where, half, progress, f"reading, {which} half")
+        _moments(read, half, progress, f"reading, {which} half")
         for which, half in zip(("first", "second"), _halves(seen), strict=True)
     ]
     maps: dict[tuple[int, int], Map] = {}
@@ -148,10 +152,11 @@ def fit(
         "texts": {"fitted": len(fitted), "held_out": len(away), "digest": digest_of_texts(texts)},
         "tokens": counts(seen),
         "tokens_held_out": counts(fresh),
+        "shuffled": shuffled,
         "seed": seed,
         "reports": [asdict(one) for one in reports],
     }
-    return Fitted(ByLayer(maps, kind.replace("_", "-")), reports, provenance)
+    return Fitted(ByLayer(maps, "shuffled" if shuffled else kind.replace("_", "-")), reports, provenance)
 
 
 def evaluate(

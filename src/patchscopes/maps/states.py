@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from patchscopes.core.errors import InputError, LayerError, RefusedError
@@ -33,12 +34,14 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class States:
-    """Where maps go: pairs of layers (ℓ, ℓ*) of a source and a target model, at one site."""
+    """Where maps go: pairs of layers (ℓ, ℓ*) of a source and a target model, at one site. dealt: the seed by which the target's states of
+    a chunk are dealt out anew, so that they belong to other positions; None: they are not."""
 
     source: Model
     target: Model
     pairs: tuple[tuple[int, int], ...]
     site: str
+    dealt: int | None = None
 
     @property
     def source_layers(self) -> list[int]:
@@ -71,16 +74,20 @@ class States:
     def chunks(self, texts: Sequence[Text]) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor], list[Text]]]:
         """(x[ℓ] [row, d_source], y[ℓ*] [row, d_target], the texts they are of): each text run once in each model, all layers read."""
         queue = sorted((text for text in texts if text.positions), key=lambda text: len(text.source))
+        generator = None if self.dealt is None else torch.Generator().manual_seed(self.dealt)
         while queue:
             size = max(1, TOKENS_AT_ONCE // max(len(queue[-1].source), len(queue[-1].target)))
             batch, queue = queue[-size:], queue[:-size]
             if self.target is self.source:
-                both = _read(self.source, batch, {*self.source_layers, *self.target_layers}, self.site, of_target=False)
-                yield both, both, batch
+                x = y = _read(self.source, batch, {*self.source_layers, *self.target_layers}, self.site, of_target=False)
             else:
                 x = _read(self.source, batch, self.source_layers, self.site, of_target=False)
                 y = _read(self.target, batch, self.target_layers, self.site, of_target=True)
-                yield x, {layer: one.to(self.source.device) for layer, one in y.items()}, batch
+                y = {layer: one.to(self.source.device) for layer, one in y.items()}
+            if generator is not None:
+                order = torch.randperm(len(next(iter(y.values()))), generator=generator)
+                y = {layer: one[order.to(one.device)] for layer, one in y.items()}
+            yield x, y, batch
 
 
 def states(source: Model, target: Model | None, layers: str | Pairs, site: str) -> States:

@@ -48,6 +48,7 @@ class Recipe:
     batch_rows: int = 32
     matrix_rate: float = 0.02  # Muon
     rate: float = 3e-3  # AdamW
+    stored: str = "float32"  # number format of the weights on disk
 
     @property
     def steps(self) -> int:
@@ -74,6 +75,13 @@ class Recipe:
             vocab=max(1024, int(self.vocab * scale)),
             batch_rows=max(4, round(self.batch_rows * root)),
         )
+
+
+# The bundled models by name. The small one has another width and depth, the same tokenizer, texts and facts.
+RECIPES = {
+    "atlas": Recipe(),
+    "atlas-small": Recipe(tokens=7_000_000, layers=6, width=128, heads=4, kv_heads=2, mlp=352, batch_rows=16, stored="float16"),
+}
 
 
 @dataclass(frozen=True)
@@ -210,7 +218,7 @@ def train(
             left = (recipe.steps - step - 1) * recipe.batch_rows * recipe.context / speed
             report(Progress(step + 1, recipe.steps, float(torch.stack(losses).mean()), speed, left))
             reported, seen, losses = now, 0, []
-    model.config.dtype = torch.float32
+    model.to(getattr(torch, recipe.stored))  # sets config.dtype, too
     model.eval().save_pretrained(out)
     shutil.rmtree(out / "checkpoint", ignore_errors=True)
     return out
