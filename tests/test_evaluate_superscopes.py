@@ -217,6 +217,16 @@ def test_every_way_has_as_many_tries_at_the_same_places() -> None:
     assert all(" " in prompt.labels["entity"] for prompt in grid.prompts or ())  # type: ignore[union-attr, operator]
 
 
+def test_the_criterion_is_that_of_each_entity_alone() -> None:
+    asked, settings = Asked(n=1), superscopes.Settings(alphas=(3.0, 15.0), weights=(1.0, 2.0), sites=("mlp_in", "resid"))
+    entities, _ = superscopes._entities(asked)
+    chosen = {(site, "amplified"): Chosen(2, 1, 0, (0,)) for site in settings.sites}
+    together = superscopes._criteria(asked, settings, entities, chosen)
+    for k in (0, len(entities) - 1):
+        alone = superscopes._criteria(asked, settings, [entities[k]], chosen)
+        assert all(np.allclose(alone[site][0], together[site][k], atol=1e-4) for site in settings.sites)
+
+
 # --------------------------------------------------------------------------------------------------------------------------- whole
 
 
