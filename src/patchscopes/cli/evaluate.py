@@ -28,6 +28,10 @@ EXPERIMENTS = {
         "patchscopes.evaluate.detokenisation",
         "at which layer does a word's last token stand for the whole word?",
     ),
+    "token-erasure": (
+        "patchscopes.evaluate.token_erasure",
+        "do the last tokens of words lose the tokens that they were made of?",
+    ),
     "multihop": ("patchscopes.evaluate.multihop", "do questions of two hops come out right one hop after the other?"),
     "hop-stages": ("patchscopes.evaluate.hop_stages", "at which layers is a question of two hops worked out?"),
     "back-patching": (

@@ -116,15 +116,28 @@ def texts(path: Path) -> list[str]:
     """Texts of a file: lines of a .txt, `text` or `prompt` of a .jsonl, the prompts of jacobian-lens items (.json)."""
     if not path.is_file():
         raise NotAvailableError(f"there is no file {str(path)!r}; expected texts, one a line, .jsonl, or lens items (.json)")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as e:
+        raise InputError(f"{str(path)!r} is not UTF-8 text: byte {e.start} cannot be read") from None
     if path.suffix == ".json":
         from patchscopes.evaluate.lens_items import lens_items
 
         return [item.prompt for item in lens_items(path)[0]]
     if path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in lines if line.strip()]
+        rows = [_row(line, f"{str(path)!r} line {k}") for k, line in enumerate(lines, 1) if line.strip()]
         return [text for row in rows if isinstance(text := row.get("text", row.get("prompt")), str)]
     return [line.strip() for line in lines if line.strip()]
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as e:
+        raise InputError(f"{where} is not valid JSON: {e.msg}") from None
+    if not isinstance(row, dict):
+        raise InputError(f'{where} holds a {type(row).__name__}; expected an object such as {{"text": …}}')
+    return row
 
 
 def _tokenizer(asked: Asked) -> Any:
