@@ -230,17 +230,11 @@ def test_the_bundled_pair(tmp_path: Path) -> None:
     found = cross_model.evaluate(Asked(n=8, runs=tmp_path), settings)
     tokens: Any = found.scores["next_token"]
     own = tokens["scopes"]["same text"]
-    assert own["mapped"]["per_pair"].value > own["unmapped"]["per_pair"].value
-    own = found.scores["attributes"]["maps"]  # type: ignore[index]
-    assert own["mapped"]["held_out none"].value > 0.4  # type: ignore[index]
-    for name, kind in (
-        ("mapped", "other"),
-        ("mapped", "random"),
-        ("mapped", "nothing"),
-        ("shuffled", "none"),
-        ("unmapped", "none"),
-    ):
-        assert own[name][f"held_out {kind}"].value < 0.35, (name, kind)  # type: ignore[index]
+    assert own["mapped"]["per_pair"].value > own["unmapped"]["per_pair"].value + 0.1
+    assert own["mapped"]["per_pair"].value > own["shuffled"]["per_pair"].value + 0.1
+    maps_: Any = found.scores["attributes"]["maps"]
+    for name, kind in (("mapped", "random"), ("mapped", "nothing"), ("shuffled", "none"), ("unmapped", "none")):
+        assert maps_[name][f"held_out {kind}"].value < 0.35, (name, kind)
     assert next(run.name for run in found.runs) == "cross-model-tokens"
     again = cross_model.evaluate(Asked(n=8, runs=tmp_path), settings)
     assert [run.id for run in again.runs] == [run.id for run in found.runs]

@@ -28,7 +28,7 @@ import numpy as np
 
 from patchscopes.core.errors import InputError
 from patchscopes.evaluate import attribute, extraction, next_token, planted
-from patchscopes.evaluate.cross_model_maps import MAPPED, MAPS, Pair, maps_of, stand_in
+from patchscopes.evaluate.cross_model_maps import MAPPED, Pair, maps_of, stand_ins
 from patchscopes.evaluate.cross_model_scores import SOURCE, TARGET, attribute_hits, next_token_scores, result
 from patchscopes.evaluate.data import Items
 from patchscopes.evaluate.frame import Asked, Result, caveats_of, recorded, settings_of
@@ -51,8 +51,8 @@ class Settings:
     scopes          of `SCOPES`
     texts           a file of texts, as for next-token; none: of the kind that the bundled models were trained on
     read            texts of which next tokens are read; none: 80
-    fit             texts that maps are fitted to, at most; none: 1500. Those that are read or mention an entity that is asked about are
-                    not among them
+    fit             texts that maps are fitted to, at most; none: 1500. Those that are read are not among them
+    unseen          whether those that mention an entity that is asked about are not, either
     map             a file of maps that `maps.fit(…).save` wrote, instead of fitting; none: fitted
     tokens, known, at_least, tasks     of attributes, as in that experiment; known=model asks both models
     """
@@ -64,6 +64,7 @@ class Settings:
     texts: str | None = None
     read: int | None = None
     fit: int | None = None
+    unseen: bool = False
     map: str | None = None
     tokens: int = 20
     known: Literal["model", "labels", "all"] = "model"
@@ -75,8 +76,7 @@ def plan(asked: Asked, settings: Settings) -> list[Experiment]:
     """What will be run: every item, as if both models knew all. Fitting, which comes first, is not among it."""
     pair = _models(asked, settings)
     items = _items(asked, settings, [])
-    planned = stand_in(pair)
-    maps = {name: {"file": str(planned)} for name in MAPS}
+    maps = {name: {"file": str(path)} for name, path in stand_ins(pair).items()}
     prompts = _prompts(asked, settings, pair, _texts(asked, settings))
     found = [_next_tokens(asked, settings, pair, prompts, maps)]
     if settings.known == "model":
@@ -184,12 +184,13 @@ def _fit(asked: Asked, settings: Settings) -> int:
 
 
 def _texts(asked: Asked, settings: Settings) -> list[str]:
-    """All there are, each once, in an order drawn by the seed: the first are read, others fitted to. Planted ones are several times as
-    many as are wanted, since most mention some entity that is asked about."""
+    """All there are, each once, in an order drawn by the seed: the first are read, others fitted to. Of planted ones there are
+    more than are wanted, since some come twice, and most mention some entity that is asked about."""
     if settings.texts is not None:
         found = next_token.texts(Path(settings.texts))
     else:
-        found = planted.texts(10 * (_fit(asked, settings) + _read(asked, settings)), asked.seed)
+        more = 10 if settings.unseen else 2
+        found = planted.texts(more * (_fit(asked, settings) + _read(asked, settings)), asked.seed)
     found = list(dict.fromkeys(text for text in found if text.strip()))
     random.Random(f"{asked.seed} cross-model").shuffle(found)
     return found
@@ -223,10 +224,11 @@ def _prompts(asked: Asked, settings: Settings, pair: Pair, texts: Sequence[str])
 
 
 def _to_fit(asked: Asked, settings: Settings, texts: Sequence[str], prompts: Sequence[dict[str, Any]], items: Items) -> list[str]:
-    """Texts that are not read and mention nothing that is asked about, as whole words."""
+    """Texts that are not read, and, if so asked, mention nothing that is asked about, as whole words."""
     names = "|".join(re.escape(name) for name in sorted({item.subject for item in items.items}))
     away, read = re.compile(rf"(?<!\w)(?:{names})(?!\w)"), {prompt["text"] for prompt in prompts}
-    return [text for text in texts if text not in read and not away.search(text)][: _fit(asked, settings)]
+    found = [text for text in texts if text not in read and not (settings.unseen and away.search(text))]
+    return found[: _fit(asked, settings)]
 
 
 def _items(asked: Asked, settings: Settings, notes: list[str]) -> Items:

@@ -99,8 +99,8 @@ def _write(asked: Asked, pair: Pair, texts: Sequence[str], files: Mapping[str, P
 
     if len(texts) < 2:
         raise InputError(
-            f"{len(texts)} texts are left to fit maps to: those that are read, and those that mention an entity that is asked about, are "
-            "not taken. Give more texts"
+            f"{len(texts)} texts are left to fit maps to: those that are read are not taken, nor, with unseen, those that mention an "
+            "entity that is asked about. Give more texts"
         )
     source, target = (
         (pair.source, pair.target) if asked.models is not None else (load_spec(pair.source_spec), load_spec(pair.target_spec))
@@ -141,15 +141,19 @@ def _unmapped(source: Model, target: Model, texts: Sequence[str]) -> Any:
     return NormMatch.of(target.run(list(texts[:64]), read=["resid.*"]), before=padded)
 
 
-def stand_in(pair: Pair) -> Path:
-    """A map of the right widths in a file that goes when the process ends: enough to plan with."""
+def stand_ins(pair: Pair) -> dict[str, Path]:
+    """Maps of the right widths, in files that go when the process ends: enough to plan with."""
     import atexit
     import shutil
     import tempfile
 
-    from patchscopes.maps import Zero, save_map
+    import torch
+
+    from patchscopes.maps import Mean, save_map
 
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    save_map(folder / "planned.safetensors", Zero(pair.target.d_model))
-    return folder / "planned.safetensors"
+    found = {name: folder / f"{name}.safetensors" for name in MAPS}
+    for k, path in enumerate(found.values()):  # which differ, since equal cells are planned once
+        save_map(path, Mean(torch.full((pair.target.d_model,), 1.0 + k)))
+    return found

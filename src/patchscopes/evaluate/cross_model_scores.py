@@ -157,11 +157,12 @@ def result(
         headline |= {f"next token, {scope}, {name}, held-out pair": own[name].get("held_out") for name in own}
     headline["next token: the models agree"] = ceiling
     headline["next token: the commonest"] = said.commonest
-    headline |= {f"attributes, {name}, held-out pair": own.get("held_out none") for name, own in attributes.items()}
     for kind, what in KINDS.items():
         headline[f"attributes, {what}, held-out pair"] = attributes[MAPPED].get(f"held_out {kind}")
         headline[f"attributes, {what}, any of {n}"] = attributes[MAPPED].get(f"any_of_N {kind}")
-    headline |= {f"attributes, {name}, any of {n}": attributes[name]["any_of_N none"] for name in (SHUFFLED, UNMAPPED)}
+    for name in (SHUFFLED, UNMAPPED):
+        headline[f"attributes, {name}, held-out pair"] = attributes[name].get("held_out none")
+        headline[f"attributes, {name}, any of {n}"] = attributes[name]["any_of_N none"]
     headline = {name: value for name, value in headline.items() if value is not None}
     scores = {
         "next_token": {
@@ -214,7 +215,8 @@ def _claims(pair: Pair, tokens: dict[str, Any], ceiling: Estimate, attributes: d
         )
     found.append(
         f"Some one of {n} pairs says the fact in {own['any_of_N none']}; but as many looks at another entity's vector say it in "
-        f"{own['any_of_N other']}, at a random one in {own['any_of_N random']}, unmapped in {attributes[UNMAPPED]['any_of_N none']}."
+        f"{own['any_of_N other']} (McNemar p = {own['p']:.2g}), at a random one in {own['any_of_N random']}, unmapped in "
+        f"{attributes[UNMAPPED]['any_of_N none']}."
     )
     return tuple(found)
 
