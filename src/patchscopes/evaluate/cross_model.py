@@ -77,7 +77,7 @@ def plan(asked: Asked, settings: Settings) -> list[Experiment]:
     items = _items(asked, settings, [])
     planned = stand_in(pair)
     maps = {name: {"file": str(planned)} for name in MAPS}
-    prompts = _prompts(asked, settings, pair, _texts(asked, settings))
+    prompts = _prompts(asked, settings, pair, _texts(asked, settings, []))
     found = [_next_tokens(asked, settings, pair, prompts, maps)]
     if settings.known == "model":
         found += [attribute.asking(one, _attribute(settings), items) for one in _both(asked, pair)]
@@ -90,7 +90,7 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
     pair = _models(asked, settings)
     notes: list[str] = []
     items = _items(asked, settings, notes)
-    texts = _texts(asked, settings)
+    texts = _texts(asked, settings, notes)
     prompts = _prompts(asked, settings, pair, texts)
     given = None if settings.map is None else Path(settings.map)
     files, reports = maps_of(asked, pair, _to_fit(asked, settings, texts, prompts, items), given)
@@ -183,11 +183,11 @@ def _fit(asked: Asked, settings: Settings) -> int:
     return settings.fit if settings.fit is not None else QUICK_FIT if asked.quick else FIT
 
 
-def _texts(asked: Asked, settings: Settings) -> list[str]:
+def _texts(asked: Asked, settings: Settings, notes: list[str]) -> list[str]:
     """All there are, each once, in an order drawn by the seed: the first are read, others fitted to. Planted ones are several times as
     many as are wanted, since most mention some entity that is asked about."""
     if settings.texts is not None:
-        found = next_token.texts(Path(settings.texts))
+        found = next_token.texts(Path(settings.texts), notes)
     else:
         found = planted.texts(10 * (_fit(asked, settings) + _read(asked, settings)), asked.seed)
     found = list(dict.fromkeys(text for text in found if text.strip()))
