@@ -147,7 +147,9 @@ def test_popqa(tmp_path: Path) -> None:
 
 
 def test_entities_of_one_name_are_told_apart(tmp_path: Path) -> None:
-    rows = [("John Smith", "occupation", job, title, 10 * k) for k, (job, title) in enumerate((("poet", "John Smith"), ("king", "J")))]
+    rows = [
+        ("John Smith", "occupation", job, title, 10 * k) for k, (job, title) in enumerate((("poet", "John Smith"), ("king", "J")))
+    ]
     rows += [("Ann Lee", "occupation", "baker", "Ann Lee", 5), ("John Smith", "birthplace", "Rome", "J", 10)]
     path = tmp_path / "popqa.csv"
     with path.open("w", newline="") as file:

@@ -14,7 +14,8 @@ import torch
 import patchscopes as ps
 from patchscopes import PatchscopesError
 from patchscopes.evaluate import attribute, entity, next_token, probe
-from patchscopes.evaluate.frame import Asked, Bars, Line, Lines, Result, Table, Unfinished, chosen_settings
+from patchscopes.evaluate.data import Items
+from patchscopes.evaluate.frame import Asked, Bars, Line, Lines, Result, Table, Unfinished, chosen_settings, settings_of
 from patchscopes.evaluate.statistics import Estimate
 from patchscopes.runs import Stop
 from patchscopes.views.evaluation import page, save_figures
@@ -188,6 +189,27 @@ def test_settings_from_text() -> None:
     ):
         with pytest.raises(PatchscopesError, match=message):
             chosen_settings(attribute.Settings, given)
+
+
+def test_what_differs_from_the_paper_is_told_default_or_not() -> None:
+    def told(settings: object) -> tuple[str, ...]:
+        return settings_of(settings, Asked())[1]
+
+    assert told(entity.Settings()) == (
+        "source = 'mention' instead of 'name'",
+        "layers = '1:-1' instead of '1:10'",
+        "stop = (',', '\\n') instead of ()",
+    )
+    papers = chosen_settings(entity.Settings, {"source": "name", "layers": "1:10", "stop": ""})
+    assert told(papers) == () and told(dataclasses.replace(papers, tokens=20)) == ("tokens = 20 instead of 50",)
+    assert "at_least = 4 instead of 15" in told(attribute.Settings()) and told(attribute.Settings(at_least=15, probe=0)) == (
+        "probe = 0 instead of 'all'",
+    )
+    tsvs = Items("attribute TSVs", ())
+    assert any("split rows" in text for text in attribute._deviations(tsvs, attribute.Settings()))
+    assert attribute._deviations(tsvs, attribute.Settings(probe=0, tokens=10)) == ()
+    # which lens is compared is no choice of the paper
+    assert told(next_token.Settings(scopes=("logit lens", "token identity"), lens="atlas")) == ()
 
 
 EVIL = '</pre><script>alert(1)</script>"onload="x\u202e'

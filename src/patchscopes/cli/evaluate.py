@@ -68,7 +68,7 @@ def evaluate(
     setting: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="A setting other than the paper's; may be given several times.", show_default=False
+            "--set", metavar="KEY=VALUE", help="A setting other than the default; may be given several times.", show_default=False
         ),
     ] = None,
     runs: RunsFolder = Path("runs"),

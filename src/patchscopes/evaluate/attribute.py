@@ -21,7 +21,7 @@ from typing import Any, Literal
 from patchscopes.core.errors import InputError
 from patchscopes.evaluate import attribute_tsv, extraction, probing
 from patchscopes.evaluate.data import Item, Items, items_of, sampled
-from patchscopes.evaluate.frame import Asked, Result, caveats_of, recorded, settings_of
+from patchscopes.evaluate.frame import Asked, Result, caveats_of, paper, recorded, settings_of
 from patchscopes.experiment.spec import Experiment
 
 TITLE = "Attribute extraction"
@@ -31,26 +31,27 @@ EACH, QUICK_EACH, QUICK_RELATIONS, QUICK_PROBE = 12, 4, 8, 12
 
 @dataclass(frozen=True)
 class Settings:
-    """Every choice, as in the paper.
+    """Every choice.
 
     tokens       said by each reading, and by the model that is asked whether it knows a fact
     layers       source layers, and target layers
     known        whose word counts on what the model knows: its own ("model"), the labels of the data ("labels"), or all items ("all")
-    at_least     relations with fewer items are left out, with a note
+    at_least     relations with fewer items are left out, with a note; the paper's have 15
     tasks        relations; none: of the attribute TSVs the paper's twelve, else all
     leaks        whether prompts in which the object stands are kept
     spread       "below": written at every layer up to ℓ*, and compared with "here", ℓ* alone
-    probe        items of a relation that a probe sees at most, those above among them, whether or not the model knows them; 0: no probe
+    probe        items of a relation that a probe sees at most, those above among them, whether or not the model knows them; 0: no probe.
+                 The paper's sees all
     """
 
     tokens: int = 20
     layers: str = "1:-1"
     target_layers: str = "1:-1"
     known: Literal["model", "labels", "all"] = "model"
-    at_least: int = 4
+    at_least: int = paper(4, 15)
     tasks: tuple[str, ...] | None = None
     leaks: bool = True
-    probe: int = 48
+    probe: int = paper(48, "all")
     spread: Literal["here", "below"] = "here"
 
 
@@ -98,19 +99,21 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
         PAPER,
         extraction.scored(hits, shared, control, probes, plain, seed=asked.seed),
         settings=own,
-        deviations=(*deviations, *_deviations(items)),
+        deviations=(*deviations, *_deviations(items, settings)),
         caveats=(*notes, *caveats_of(read)),
         runs=tuple(runs),
     )
 
 
-def _deviations(items: Items) -> tuple[str, ...]:
-    if items.name == "attribute TSVs":
-        return ("The published code says 10 tokens under a patch; the paper, and this, 20 (--set tokens=10).",)
-    return (
-        f"The questions are {items.name}, not those of the paper (--data patchscopes_tsv).",
-        "The probe's folds split subjects; the paper's split rows, so that its probe has seen the subject.",
-    )
+def _deviations(items: Items, settings: Settings) -> tuple[str, ...]:
+    found = []
+    if items.name != "attribute TSVs":
+        found.append(f"The questions are {items.name}, not those of the paper (--data patchscopes_tsv).")
+    elif settings.tokens == 20:
+        found.append("The published code says 10 tokens under a patch; the paper, and this, 20 (--set tokens=10).")
+    if settings.probe:
+        found.append("The probe's folds split subjects; the paper's split rows, so that its probe has seen the subject.")
+    return tuple(found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- items

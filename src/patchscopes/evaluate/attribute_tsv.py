@@ -92,9 +92,7 @@ def _row(relation: str, row: dict[str, str]) -> Row:
         raise ValueError(relation)
     prompt = row["prompt_source"]
     cropped = "".join(ast.literal_eval(row["source_cropped_toks"])) if row["source_cropped_toks"] else ""
-    return Row(
-        relation, f"{target[:-1]}{{x}}", subject, answer, prompt, cropped, row["is_correct_baseline"] == "True"
-    )
+    return Row(relation, f"{target[:-1]}{{x}}", subject, answer, prompt, cropped, row["is_correct_baseline"] == "True")
 
 
 def paper_prompts(some: Sequence[Row]) -> tuple[int, int]:
@@ -126,7 +124,5 @@ def items(files: Sequence[Path]) -> Items:
                 notes["the subject does not stand where their tokens end"] += 1
             else:
                 # one subject stands in several samples, files and contexts; they are one entity
-                found.append(
-                    Item(row.relation, row.subject, (row.object,), row.prompt, at, row.target, row.subject, row.correct)
-                )
+                found.append(Item(row.relation, row.subject, (row.object,), row.prompt, at, row.target, row.subject, row.correct))
     return Items("attribute TSVs", tuple(found), (), told([(k, why) for why, k in notes.items()], n, "the attribute TSVs"))

@@ -31,7 +31,7 @@ from patchscopes.evaluate import attribute, extraction, next_token, planted
 from patchscopes.evaluate.cross_model_maps import MAPPED, MAPS, Pair, maps_of, stand_in
 from patchscopes.evaluate.cross_model_scores import SOURCE, TARGET, attribute_hits, next_token_scores, result
 from patchscopes.evaluate.data import Items
-from patchscopes.evaluate.frame import Asked, Result, caveats_of, recorded, settings_of
+from patchscopes.evaluate.frame import Asked, Result, caveats_of, ours, recorded, settings_of
 from patchscopes.experiment.spec import Experiment
 
 TITLE = "Cross-model patching"
@@ -43,7 +43,7 @@ SCOPES: dict[str, dict[str, Any]] = {"token identity": {"preset": "identity"}, "
 
 @dataclass(frozen=True)
 class Settings:
-    """Every choice, as in the paper.
+    """Every choice.
 
     source          M, the model that is read; the experiment's `model` is M*, which speaks
     layers          of M, and
@@ -57,18 +57,18 @@ class Settings:
     tokens, known, at_least, tasks     of attributes, as in that experiment; known=model asks both models
     """
 
-    source: str = "atlas-small"
-    layers: str | None = None
-    target_layers: str | None = None
+    source: str = ours("atlas-small")
+    layers: str | None = ours(None)
+    target_layers: str | None = ours(None)
     scopes: tuple[str, ...] = ("token identity", "same text")
-    texts: str | None = None
-    read: int | None = None
-    fit: int | None = None
-    map: str | None = None
+    texts: str | None = ours(None)
+    read: int | None = ours(None)
+    fit: int | None = ours(None)
+    map: str | None = ours(None)
     tokens: int = 20
     known: Literal["model", "labels", "all"] = "model"
-    at_least: int = 2
-    tasks: tuple[str, ...] | None = None
+    at_least: int = ours(2)
+    tasks: tuple[str, ...] | None = ours(None)
 
 
 def plan(asked: Asked, settings: Settings) -> list[Experiment]:

@@ -25,7 +25,7 @@ import numpy as np
 
 from patchscopes.core.errors import InputError
 from patchscopes.evaluate import planted, scoring, statistics
-from patchscopes.evaluate.frame import Asked, Bars, Line, Lines, Result, Table, caveats_of, recorded, settings_of
+from patchscopes.evaluate.frame import Asked, Bars, Line, Lines, Result, Table, caveats_of, paper, recorded, settings_of
 from patchscopes.evaluate.placeholder import spread_table
 from patchscopes.evaluate.planted import Entity
 from patchscopes.evaluate.statistics import Estimate
@@ -48,18 +48,19 @@ CONTROLS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Every choice, as in the paper.
+    """Every choice.
 
-    source    what is read: the name alone, or a sentence that mentions the entity and says nothing of it
-    tokens    said at most; layers: ℓ, with ℓ* = ℓ
+    source    what is read: the name alone, as in the paper, or a sentence that mentions the entity and says nothing of it
+    tokens    said at most
+    layers    ℓ, with ℓ* = ℓ; the paper's are the first ten
     stop      what ends a description; the paper has nothing, so that descriptions of further entities follow, which would count here
     spread    "below": written at every layer up to ℓ*, and compared with "here", ℓ* alone
     """
 
-    source: Read = "mention"
+    source: Literal["mention", "name"] = paper("mention", "name")
     tokens: int = 50
-    layers: str = "1:-1"
-    stop: tuple[str, ...] = (",", "\n")
+    layers: str = paper("1:-1", "1:10")
+    stop: tuple[str, ...] = paper((",", "\n"), ())
     spread: Literal["here", "below"] = "here"
 
 
@@ -91,10 +92,10 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
     own, deviations = settings_of(settings, asked)
     deviations = (
         *deviations,
-        f"A description ends at {' or '.join(map(repr, settings.stop))}; the paper's goes on for 50 tokens.",
+        "A description counts if it states a fact; the paper holds it against Wikipedia's description by RougeL.",
     )
-    if settings.source == "mention":
-        deviations = (*deviations, "The entity is read in a neutral sentence; the paper's names stand alone (--set source=name).")
+    if asked.data is None:
+        deviations = (*deviations, "The entities are those that atlas knows, not those of PopQA (--data popqa.tsv).")
     return _result(found, own, deviations, (*notes, *caveats_of(runs)), runs)
 
 
@@ -257,7 +258,9 @@ def _figures(found: Described) -> dict[str, Estimate]:
         figures[kind] = statistics.rate(
             [float(true(text, by_key[key])) for key, text in rows], [by_key[key].name for key, _ in rows], seed=seed
         )
-    verdicts = [(by_key[name].name, float(verdict == "above")) for name, control, _, verdict in said.iter_rows() if control == "none"]
+    verdicts = [
+        (by_key[name].name, float(verdict == "above")) for name, control, _, verdict in said.iter_rows() if control == "none"
+    ]
     figures["above_controls"] = statistics.rate([v for _, v in verdicts], [n for n, _ in verdicts], seed=seed)
     if (plain := found.plain) is not None:
         alone = plain[away, _held_out(plain, entities, seed).cell]

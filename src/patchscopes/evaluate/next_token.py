@@ -24,7 +24,7 @@ import numpy as np
 
 from patchscopes.core.errors import InputError, NotAvailableError, PromptError
 from patchscopes.evaluate import planted, statistics
-from patchscopes.evaluate.frame import Asked, Line, Lines, Result, Table, caveats_of, recorded, settings_of
+from patchscopes.evaluate.frame import Asked, Line, Lines, Result, Table, caveats_of, ours, paper, recorded, settings_of
 from patchscopes.evaluate.statistics import Estimate
 from patchscopes.experiment.lens_folder import is_lens
 from patchscopes.experiment.spec import Experiment
@@ -48,17 +48,17 @@ Part = Mapping[str, Any]  # of an experiment; its scopes are scored beside the o
 
 @dataclass(frozen=True)
 class Settings:
-    """Every choice, as in the paper.
+    """Every choice.
 
-    scopes     of `SCOPES`
+    scopes     of `SCOPES`; the paper has no bare prompt
     lens       a tuned lens: a file or folder that training left, a folder in the public format, the name of a bundled model; none: that of
                the model, where it is bundled
     longest    texts of so many words or more are left out, and
     characters texts of so many characters or more
     """
 
-    scopes: tuple[str, ...] = ("logit lens", "token identity", "bare ?")
-    lens: str | None = None
+    scopes: tuple[str, ...] = paper(("logit lens", "token identity", "bare ?"), ("logit lens", "token identity"))
+    lens: str | None = ours(None)
     longest: int = 250
     characters: int = 2000
 
@@ -102,9 +102,7 @@ def _prompts(asked: Asked, settings: Settings) -> tuple[list[dict[str, Any]], li
     n = asked.items(TEXTS, QUICK)
     notes: list[str] = []
     found = texts(asked.data, notes) if asked.data is not None else planted.texts(2 * n, asked.seed)
-    kept = [
-        text for text in dict.fromkeys(found) if 0 < len(text.split()) < settings.longest and len(text) < settings.characters
-    ]
+    kept = [text for text in dict.fromkeys(found) if 0 < len(text.split()) < settings.longest and len(text) < settings.characters]
     if len(kept) < len(found) and asked.data is not None:
         notes.append(f"{len(found) - len(kept):,} of {len(found):,} texts were left out: empty, there twice, or too long.")
     rng = random.Random(f"{asked.seed} next-token")
@@ -147,7 +145,9 @@ def texts(path: Path, notes: list[str]) -> list[str]:
         from patchscopes.evaluate.lens_items import lens_items
 
         items, corrupt = lens_items(path)
-        notes += [f"{corrupt:,} of {len(items) + corrupt:,} lens items of {path.name} were left out: they are corrupt."] * bool(corrupt)
+        notes += [f"{corrupt:,} of {len(items) + corrupt:,} lens items of {path.name} were left out: they are corrupt."] * bool(
+            corrupt
+        )
         return [item.prompt for item in items]
     if path.suffix == ".jsonl":
         rows = [_row(line, f"{str(path)!r} line {k}") for k, line in enumerate(lines, 1) if line.strip()]

@@ -29,7 +29,7 @@ import torch
 
 from patchscopes.core.errors import InputError, PromptError
 from patchscopes.evaluate import planted, statistics
-from patchscopes.evaluate.frame import Asked, Line, Lines, Result, Table, caveats_of, recorded, settings_of
+from patchscopes.evaluate.frame import Asked, Line, Lines, Result, Table, caveats_of, ours, paper, recorded, settings_of
 from patchscopes.evaluate.next_token import left_out
 from patchscopes.evaluate.next_token import texts as texts_of
 from patchscopes.evaluate.statistics import Estimate
@@ -58,8 +58,8 @@ class Settings:
     """
 
     early: int = 1
-    layers: str = "0:-1"
-    longest: int = 5
+    layers: str = paper("0:-1", "9")
+    longest: int = ours(5)
 
 
 @dataclass(frozen=True)
