@@ -232,13 +232,15 @@ def _figures_of(
     lens: Mapping[int, float],
     seed: int,
 ) -> dict[str, Estimate]:
-    paired = [(p, float(token == truth[p]) - lens[p]) for p, token, _ in some if p in lens]
+    paired = [(p, float(token == truth[p])) for p, token, _ in some if p in lens]
     shuffled = [(p, float(token == stranger[p])) for p, token, _ in some if p in stranger]
     finite = [(p, bits) for p, _, bits in some if bits is not None and np.isfinite(bits)]
     return {
         "precision_at_1": statistics.rate([float(token == truth[p]) for p, token, _ in some], [p for p, *_ in some], seed=seed),
         "another_texts_token": statistics.rate([hit for _, hit in shuffled], [p for p, _ in shuffled], seed=seed),
-        "above_logit_lens": statistics.rate([more for _, more in paired], [p for p, _ in paired], seed=seed),
+        "above_logit_lens": statistics.difference(
+            [hit for _, hit in paired], [lens[p] for p, _ in paired], [p for p, _ in paired], seed=seed
+        ),
         "surprisal_bits": statistics.rate([bits for _, bits in finite], [p for p, _ in finite], seed=seed),
     }
 
