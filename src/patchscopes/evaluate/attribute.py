@@ -55,8 +55,15 @@ class Settings:
     spread: Literal["here", "below"] = "here"
 
 
+def _checked(settings: Settings) -> None:
+    for name, least in (("tokens", 1), ("at_least", 1), ("probe", 0)):
+        if (value := getattr(settings, name)) < least:
+            raise InputError(f"{name} is {value}; expected {least} or more")
+
+
 def plan(asked: Asked, settings: Settings) -> list[Experiment]:
-    """What will be run: every item, as if the model knew all; the controls at some cell."""
+    """What will be run: every item, as if the model knew all; the controls at some cell. InputError for settings that make no sense."""
+    _checked(settings)
     pool = askable(asked, settings, [])
     items = sample(asked, settings, pool, [])
     rest = [_grid(asked, settings, items)]
@@ -69,6 +76,7 @@ def plan(asked: Asked, settings: Settings) -> list[Experiment]:
 def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
     """The figures of the module's docstring."""
     settings = settings or Settings()
+    _checked(settings)
     notes: list[str] = []
     pool = askable(asked, settings, notes)
     items = sample(asked, settings, pool, notes)
@@ -78,9 +86,9 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
         known = extraction.knows(runs[0], by_target(items))
         kept = tuple(item for item in items.items if item in known)
         notes.append(f"The model knows {len(kept):,} of {len(items.items):,} items; the others are left out.")
-        items = enough(Items(items.name, kept, items.stop), settings, notes)
+        items = enough(Items(items.name, kept, items.stop), settings, notes, "that the model knows")
     grid = recorded(asked, _grid(asked, settings, items))
-    hits = extraction.grid_hits(grid, items.items)
+    hits = extraction.grid_hits(grid, items.items, seed=asked.seed)
     shared = extraction.shared_cell(hits, seed=asked.seed)
     control = recorded(asked, _controls(asked, settings, _subset(items, shared.scores), shared.cell))
     read, plain = [grid, control], None
@@ -162,8 +170,8 @@ def _spread(items: Sequence[Item]) -> list[str]:
     return names[:: max(1, len(names) // QUICK_RELATIONS)][:QUICK_RELATIONS]
 
 
-def enough(items: Items, settings: Settings, notes: list[str]) -> Items:
-    """Without relations that have too few items to split."""
+def enough(items: Items, settings: Settings, notes: list[str], kept_by: str = "") -> Items:
+    """Without relations that have too few items to split. kept_by: what these items have passed, for people."""
     counts = Counter(item.relation for item in items.items)
     few = {name for name, n in counts.items() if n < settings.at_least}
     if few:
@@ -171,7 +179,7 @@ def enough(items: Items, settings: Settings, notes: list[str]) -> Items:
     kept = tuple(item for item in items.items if item.relation not in few)
     if not kept:
         raise InputError(
-            f"no relation of {items.name} has {settings.at_least} items or more that the model knows; found "
+            f"no relation has {settings.at_least} items or more of {items.name}{f' {kept_by}' if kept_by else ''}; found "
             f"{', '.join(f'{name} ({n})' for name, n in counts.items()) or 'none'}. Give more items (--n), or a lower at_least"
         )
     return Items(items.name, kept, items.stop)

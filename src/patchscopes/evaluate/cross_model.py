@@ -105,7 +105,7 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
             f"Of {len(items.items):,} items {pair.source.name} knows {len(knows[0]):,}, {pair.target.name} {len(knows[1]):,}, both "
             f"{len(kept):,}; the others are left out."
         )
-        items = attribute.enough(Items(items.name, kept, items.stop), _attribute(settings), notes)
+        items = attribute.enough(Items(items.name, kept, items.stop), _attribute(settings), notes, "that both models know")
         runs += said
     runs.append(recorded(asked, _attributes(asked, settings, pair, items, maps)))
     if not pair.one_vocabulary:
