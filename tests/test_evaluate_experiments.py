@@ -291,6 +291,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "true at the held-out layer" in told.out and told.out.strip().endswith("page.html") and "nothing to do" in told.err
 
 
+def test_every_experiment_stands_in_the_docs() -> None:
+    from patchscopes.cli.evaluate import EXPERIMENTS
+
+    text = (Path(__file__).parent.parent / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    asks, formats = text.partition("## Data")[::2]
+    assert set(re.findall(r"^\| `([\w-]+)` \|", asks, re.MULTILINE)) == set(EXPERIMENTS)
+    assert set(re.findall(r"`([a-z-]+)`(?=[,| ]*\n|, `| \|)", formats)) >= set(EXPERIMENTS)
+
+
 def test_the_plan_of_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli("attribute", "--n", "4", "--dry-run", "--hardware", "a100", "--json", "--runs", str(tmp_path / "runs")) == 0
     plans = json.loads(capsys.readouterr().out)["plans"]
