@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 import patchscopes as ps
-from patchscopes.evaluate.atlas import begins_with, evaluate
+from patchscopes.evaluate.atlas import evaluate
+from patchscopes.evaluate.scoring import begins_with
 from patchscopes.organisms import bundled
 from patchscopes.organisms.atlas.corpus import Corpus, fill
 from patchscopes.organisms.atlas.facts import KINDS, world

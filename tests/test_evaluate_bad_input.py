@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
 
 from patchscopes import PatchscopesError
-from patchscopes.evaluate import attribute, entity, next_token
+from patchscopes.evaluate import attribute, entity, next_token, token_erasure
 from patchscopes.evaluate.frame import Asked
 
 NAMES = ("sample_id", "prompt_target", "object", "subject", "is_correct_baseline", "prompt_source", "source_cropped_toks")
@@ -64,3 +65,29 @@ def test_nothing_left_to_score_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(PatchscopesError, match="not UTF-8"):
         next_token.evaluate(Asked(data=tmp_path / "texts.txt", runs=tmp_path))
+
+
+def test_texts_that_the_model_does_not_read_are_counted(tmp_path: Path) -> None:
+    few = [f"The capital of {x} is {y}, a city on a river." for x, y in CAPITALS.items()]
+    long = "antidisestablishmentarianism " * 60  # few words, more tokens than atlas reads
+    wordy, endless = "a " * 250, "x" * 2000
+    (tmp_path / "texts.txt").write_text("\n".join([*few, long, wordy, endless]))
+    asked = Asked(data=tmp_path / "texts.txt", runs=tmp_path / "runs")
+    found = next_token.evaluate(asked, next_token.Settings(scopes=("logit lens",)))
+    told = "\n".join(found.caveats)
+    assert found.scores["texts"] == len(few)
+    assert "1 of 7 texts that were drawn were left out: the prompt has" in told and "2 of 9 texts were left out" in told
+    (tmp_path / "texts.txt").write_text("\n".join([*(f"{text} Xanthippe wrote about zygotes." for text in few), long]))
+    assert any("1 of 7 texts" in note for note in token_erasure._documents(asked, token_erasure.Settings())[1])
+    (tmp_path / "texts.txt").write_text(long)
+    with pytest.raises(PatchscopesError, match=r"no text to read \(1 of 1 .*at most 256.*expected one a line"):
+        next_token.evaluate(asked)
+
+
+def test_texts_without_text_are_counted(tmp_path: Path) -> None:
+    notes: list[str] = []
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"prompt": "two"}\n{"txt": "three"}\n{"text": 4}\n')
+    assert next_token.texts(tmp_path / "a.jsonl", notes) == ["one", "two"]
+    (tmp_path / "b.json").write_text(json.dumps({"items": [{"prompt": "one"}, {"prompt": 2}, 3]}))
+    assert next_token.texts(tmp_path / "b.json", notes) == ["one"]
+    assert [note[:6] for note in notes] == ["2 of 4", "2 of 3"]

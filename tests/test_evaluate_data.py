@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from patchscopes import PatchscopesError
-from patchscopes.evaluate import attribute_tsv, lre, planted, popqa
+from patchscopes.evaluate import attribute_tsv, entity, lre, planted, popqa
 from patchscopes.evaluate.data import items_of, sampled
 from patchscopes.evaluate.lens_items import lens_items
 from patchscopes.evaluate.scoring import echo_free
+from patchscopes.evaluate.statistics import in_first_half
 
 # of the paper: source prompts and classes of its 19 tasks
 PAPER = {
@@ -67,17 +68,39 @@ def test_attribute_tsv(tmp_path: Path) -> None:
         {**ROW, "source_cropped_toks": "not a list"},
         {**ROW, "is_correct_baseline": "maybe"},
     ]
-    found = items_of(tsv(tmp_path / "country_capital_city.tsv", rows))
+    path = tsv(tmp_path / "country_capital_city.tsv", rows)
+    with path.open("a", encoding="utf-8") as file:
+        file.write("garbage\n" + "\t".join([*ROW.values(), "a cell too many"]) + "\n")
+    found = items_of(path)
     (item,) = found.items
     assert (item.target, item.at, item.answers, item.known) == ("The capital city of {x}", "France#2", ("Paris",), True)
     assert item.relation == "country_capital_city" and item.prompt[: item.prompt.rindex("France")] == "from France to "
-    assert [note.split(" ")[0] for note in found.notes] == ["2", "2", "1"] and "corrupt" in found.notes[0]
+    assert [note.split(" ")[0] for note in found.notes] == ["4", "2", "1"] and "corrupt" in found.notes[0]
+
+
+def test_a_subject_of_several_samples_is_one_entity(tmp_path: Path) -> None:
+    again = {**ROW, "sample_id": "7", "prompt_source": "France is old", "source_cropped_toks": "['France']"}
+    tsv(tmp_path / "capital.tsv", [ROW, again])
+    tsv(tmp_path / "currency.tsv", [{**ROW, "sample_id": "0", "object": "franc", "prompt_target": "The currency of x"}])
+    items = items_of(tmp_path).items
+    assert len(items) == 3 and {item.cluster for item in items} == {"France"}
+    # a cluster is drawn as a whole, and all of it is on one side of a split
+    assert len(sampled([item for item in items if item.relation == "capital"], 1, 0)) == 1
+    assert len({in_first_half(item.cluster) for item in items}) == 1
+
+
+@pytest.mark.parametrize("name", ["x.tsv", "popqa.csv"])
+def test_a_table_that_is_not_utf_8_says_so(name: str, tmp_path: Path) -> None:
+    columns = attribute_tsv.COLUMNS if name == "x.tsv" else popqa.COLUMNS
+    (tmp_path / name).write_bytes(("\t" if name == "x.tsv" else ",").join(columns).encode() + b"\n\xff\xfe\n")
+    with pytest.raises(PatchscopesError, match=rf"{name} could not be read as a table.*UTF-8"):
+        items_of(tmp_path / name)
 
 
 def test_a_tsv_without_a_column_says_so(tmp_path: Path) -> None:
     path = tmp_path / "x.tsv"
     path.write_text("prompt_target\tprompt_source\na\tb\n")
-    with pytest.raises(PatchscopesError, match="no column sample_id, object"):
+    with pytest.raises(PatchscopesError, match="no column object, subject"):
         items_of(path)
 
 
@@ -95,33 +118,61 @@ def test_lre(tmp_path: Path) -> None:
     assert item.prompt.count("France") == 1 and item.at == "France#1"
     assert found.notes[0].startswith("3 of 4")
     assert not lre.is_one(tmp_path / "other.json")
+    for name, value in (("samples", 5), ("prompt_templates", "The capital of {} is")):
+        (tmp_path / "capital.json").write_text(json.dumps({**document, name: value}))
+        with pytest.raises(PatchscopesError, match=rf"capital\.json has {name} = .*expected a list"):
+            items_of(tmp_path)
 
 
 def test_popqa(tmp_path: Path) -> None:
-    names = ["subj", "prop", "obj", "question", "possible_answers", "s_pop"]
+    names = ["subj", "prop", "obj", "question", "possible_answers", "s_pop", "s_wiki_title"]
     path = tmp_path / "popqa.tsv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file, delimiter="\t")
         writer.writerow(names)
         answers = '["politician", "political leader"]'
-        writer.writerow(["George Rankin", "occupation", "politician", "What is George Rankin's occupation?", answers, "142"])
-        writer.writerow(["X", "occupation", "y", "What is it?", "[]", "1"])
-        writer.writerow(["X", "occupation", "y", "What is X?", "not JSON", "1"])
+        writer.writerow(["George Rankin", "occupation", "politician", "What is George Rankin's occupation?", answers, "142", ""])
+        writer.writerow(["X", "occupation", "y", "What is it?", "[]", "1", "X"])
+        for bad in ("not JSON", '"politician"', '{"politician": 1}', '["a", 1]', "7"):
+            writer.writerow(["X", "occupation", "y", "What is X?", bad, "1", "X"])
+        for bad in ("inf", "nan", "many"):
+            writer.writerow(["X", "occupation", "y", "What is X?", "[]", bad, "X"])
+        writer.writerow(["X", "occupation"])
     found = items_of(path)
+    assert found.notes[0].startswith("9 of 11 rows") and "corrupt" in found.notes[0]
     (item,) = found.items
     assert item.target == "Question: What is {x}'s occupation? Answer:"
     assert item.answers == ("politician", "political leader") and len(found.notes) == 2
     assert popqa.rows(path)[0][0].popularity == 142
 
 
+def test_entities_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    rows = [
+        ("John Smith", "occupation", job, title, 10 * k) for k, (job, title) in enumerate((("poet", "John Smith"), ("king", "J")))
+    ]
+    rows += [("Ann Lee", "occupation", "baker", "Ann Lee", 5), ("John Smith", "birthplace", "Rome", "J", 10)]
+    path = tmp_path / "popqa.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(popqa.COLUMNS)
+        for name, what, answer, title, popularity in rows:
+            writer.writerow([name, what, answer, f"What is {name}'s {what}?", "[]", popularity, title])
+    found = entity.of_popqa(path, [])
+    assert {one.key: one.facts for one in found} == {"John Smith": ("poet",), "John Smith (J)": ("king", "Rome")}
+    assert [prompt["labels"]["entity"] for prompt in entity.prompts_of(found, "name")] == ["John Smith", "John Smith (J)"]
+    assert {prompt["text"] for prompt in entity.prompts_of(found, "name")} == {"John Smith"}
+
+
 def test_lens_items(tmp_path: Path) -> None:
     path = tmp_path / "lens.json"
-    path.write_text(json.dumps({"items": [{"name": "a", "prompt": "p", "intermediates": ["b"]}, {"prompt": ""}, 3]}))
+    bad = [{"prompt": "p", "intermediates": "letters"}, {"prompt": "p", "intermediates": [1]}, {"prompt": "p", "target": 8}]
+    path.write_text(json.dumps({"items": [{"name": "a", "prompt": "p", "intermediates": ["b"]}, {"prompt": ""}, 3, *bad]}))
     found, corrupt = lens_items(path)
-    assert [(i.name, i.prompt, i.intermediates, i.target) for i in found] == [("a", "p", ("b",), None)] and corrupt == 2
-    path.write_text("[]")
-    with pytest.raises(PatchscopesError, match="no lens items"):
-        lens_items(path)
+    assert [(i.name, i.prompt, i.intermediates, i.target) for i in found] == [("a", "p", ("b",), None)] and corrupt == 5
+    for text in ("[]", '{"items": {"a": 1}}'):
+        path.write_text(text)
+        with pytest.raises(PatchscopesError, match="no lens items"):
+            lens_items(path)
 
 
 def test_data_that_is_not_there_or_unknown(tmp_path: Path) -> None:

@@ -26,6 +26,21 @@ def test_interval_of_two_clusters_by_hand() -> None:
     assert (one.value, one.low, one.high) == (0.5, 0.0, 1.0)
 
 
+def test_one_cluster_or_equal_numbers_prove_nothing() -> None:
+    for one in (
+        statistics.rate([1, 0], ["a", "a"]),
+        statistics.rate([0.3] * 7, range(7)),
+        statistics.mean_of_rates([1, 1, 0, 0], ["r", "r", "s", "s"], ["a"] * 4),
+        statistics.difference([1, 1, 0], [0, 1, 0], ["a"] * 3),
+        statistics.difference([2.5, 3.5], [2, 3], ["a", "b"]),
+    ):
+        assert math.isfinite(one.value) and math.isnan(one.low) and math.isnan(one.high)
+    assert str(statistics.rate([1, 0], ["a", "a"])) == "50.0% (interval unknown)"
+    assert statistics.rate([1, 1], ["a", "a"]).low == pytest.approx(0.025)  # one entity, of which all is right
+    with_one_odd = statistics.rate([1] + [0] * 20, range(21))
+    assert with_one_odd.low == 0 and 0.04 < with_one_odd.high < 0.3
+
+
 def test_clusters_widen_the_interval() -> None:
     rng = np.random.default_rng(0)
     hits = rng.integers(0, 2, 60)

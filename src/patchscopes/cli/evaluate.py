@@ -57,7 +57,7 @@ def evaluate(
         Path | None,
         typer.Option(
             "--data",
-            help="A file or folder in a public format (attribute TSVs, LRE, PopQA, texts). Default: what the bundled model knows.",
+            help="A file or folder in a public format (attribute TSVs, LRE, PopQA, two-hop CSVs, words, texts). Default: what the bundled model knows.",
             show_default=False,
         ),
     ] = None,
@@ -68,7 +68,7 @@ def evaluate(
     setting: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="A setting other than the paper's; may be given several times.", show_default=False
+            "--set", metavar="KEY=VALUE", help="A setting other than the default; may be given several times.", show_default=False
         ),
     ] = None,
     runs: RunsFolder = Path("runs"),

@@ -83,8 +83,8 @@ def said_by(
 ) -> Said:
     """Texts from the table of a run without controls. Entities that were skipped are left out; what failed said nothing."""
     there = set(table["entity"])
-    kept = tuple(e for e in entities if e.name in there)
-    row, column = {e.name: k for k, e in enumerate(kept)}, {block: k for k, block in enumerate(blocks)}
+    kept = tuple(e for e in entities if e.key in there)
+    row, column = {e.key: k for k, e in enumerate(kept)}, {block: k for k, block in enumerate(blocks)}
     shape = (len(kept), len(blocks), len(alphas))
     keys = list(dict.fromkeys((part.site, part.way) for part in parts))
     texts = {key: np.full(shape, "", object) for key in keys}
@@ -104,7 +104,7 @@ def tried_by(
     criteria: Mapping[str, np.ndarray],
 ) -> dict[Key, Tried]:
     """The same from a run with controls, of one block for each site and way."""
-    row, shape = {e.name: k for k, e in enumerate(entities)}, (len(entities), len(alphas))
+    row, shape = {e.key: k for k, e in enumerate(entities)}, (len(entities), len(alphas))
     found = {
         key: Tried(
             {kind: np.full(shape, "", object) for kind in ("none", "other", "random", "mean")},

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from patchscopes.controls.vectors import random_like, seed_of
+from patchscopes.evaluate.scoring import begins_with
 from patchscopes.model import Model
 from patchscopes.organisms.atlas.facts import Fact, world
 from patchscopes.organisms.atlas.relations import HELD_OUT_MENTIONS, RELATIONS, SKELETONS, TWO_HOPS, held_out, trained
@@ -119,12 +120,6 @@ def evaluate(
             if any(f.relation == r for f in half[1])
         },
     )
-
-
-def begins_with(text: str, answer: str) -> bool:
-    """Whether the text begins with the answer as whole words."""
-    text = text.strip()
-    return text.startswith(answer) and not text[len(answer) : len(answer) + 1].isalnum()
 
 
 def _share(hits: Sequence[bool]) -> Share:

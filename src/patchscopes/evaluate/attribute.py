@@ -21,7 +21,7 @@ from typing import Any, Literal
 from patchscopes.core.errors import InputError
 from patchscopes.evaluate import attribute_tsv, extraction, probing
 from patchscopes.evaluate.data import Item, Items, items_of, sampled
-from patchscopes.evaluate.frame import Asked, Result, caveats_of, recorded, settings_of
+from patchscopes.evaluate.frame import Asked, Result, caveats_of, paper, recorded, settings_of
 from patchscopes.experiment.spec import Experiment
 
 TITLE = "Attribute extraction"
@@ -31,31 +31,39 @@ EACH, QUICK_EACH, QUICK_RELATIONS, QUICK_PROBE = 12, 4, 8, 12
 
 @dataclass(frozen=True)
 class Settings:
-    """Every choice, as in the paper.
+    """Every choice.
 
     tokens       said by each reading, and by the model that is asked whether it knows a fact
     layers       source layers, and target layers
     known        whose word counts on what the model knows: its own ("model"), the labels of the data ("labels"), or all items ("all")
-    at_least     relations with fewer items are left out, with a note
+    at_least     relations with fewer items are left out, with a note; the paper's have 15
     tasks        relations; none: of the attribute TSVs the paper's twelve, else all
     leaks        whether prompts in which the object stands are kept
     spread       "below": written at every layer up to ℓ*, and compared with "here", ℓ* alone
-    probe        items of a relation that a probe sees at most, those above among them, whether or not the model knows them; 0: no probe
+    probe        items of a relation that a probe sees at most, those above among them, whether or not the model knows them; 0: no probe.
+                 The paper's sees all
     """
 
     tokens: int = 20
     layers: str = "1:-1"
     target_layers: str = "1:-1"
     known: Literal["model", "labels", "all"] = "model"
-    at_least: int = 4
+    at_least: int = paper(4, 15)
     tasks: tuple[str, ...] | None = None
     leaks: bool = True
-    probe: int = 48
+    probe: int = paper(48, "all")
     spread: Literal["here", "below"] = "here"
 
 
+def _checked(settings: Settings) -> None:
+    for name, least in (("tokens", 1), ("at_least", 1), ("probe", 0)):
+        if (value := getattr(settings, name)) < least:
+            raise InputError(f"{name} is {value}; expected {least} or more")
+
+
 def plan(asked: Asked, settings: Settings) -> list[Experiment]:
-    """What will be run: every item, as if the model knew all; the controls at some cell."""
+    """What will be run: every item, as if the model knew all; the controls at some cell. InputError for settings that make no sense."""
+    _checked(settings)
     pool = askable(asked, settings, [])
     items = sample(asked, settings, pool, [])
     rest = [_grid(asked, settings, items)]
@@ -68,6 +76,7 @@ def plan(asked: Asked, settings: Settings) -> list[Experiment]:
 def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
     """The figures of the module's docstring."""
     settings = settings or Settings()
+    _checked(settings)
     notes: list[str] = []
     pool = askable(asked, settings, notes)
     items = sample(asked, settings, pool, notes)
@@ -77,9 +86,9 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
         known = extraction.knows(runs[0], by_target(items))
         kept = tuple(item for item in items.items if item in known)
         notes.append(f"The model knows {len(kept):,} of {len(items.items):,} items; the others are left out.")
-        items = enough(Items(items.name, kept, items.stop), settings, notes)
+        items = enough(Items(items.name, kept, items.stop), settings, notes, "that the model knows")
     grid = recorded(asked, _grid(asked, settings, items))
-    hits = extraction.grid_hits(grid, items.items)
+    hits = extraction.grid_hits(grid, items.items, seed=asked.seed)
     shared = extraction.shared_cell(hits, seed=asked.seed)
     control = recorded(asked, _controls(asked, settings, _subset(items, shared.scores), shared.cell))
     read, plain = [grid, control], None
@@ -98,19 +107,21 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
         PAPER,
         extraction.scored(hits, shared, control, probes, plain, seed=asked.seed),
         settings=own,
-        deviations=(*deviations, *_deviations(items)),
+        deviations=(*deviations, *_deviations(items, settings)),
         caveats=(*notes, *caveats_of(read)),
         runs=tuple(runs),
     )
 
 
-def _deviations(items: Items) -> tuple[str, ...]:
-    if items.name == "attribute TSVs":
-        return ("The published code says 10 tokens under a patch; the paper, and this, 20 (--set tokens=10).",)
-    return (
-        f"The questions are {items.name}, not those of the paper (--data patchscopes_tsv).",
-        "The probe's folds split subjects; the paper's split rows, so that its probe has seen the subject.",
-    )
+def _deviations(items: Items, settings: Settings) -> tuple[str, ...]:
+    found = []
+    if items.name != "attribute TSVs":
+        found.append(f"The questions are {items.name}, not those of the paper (--data patchscopes_tsv).")
+    elif settings.tokens == 20:
+        found.append("The published code says 10 tokens under a patch; the paper, and this, 20 (--set tokens=10).")
+    if settings.probe:
+        found.append("The probe's folds split subjects; the paper's split rows, so that its probe has seen the subject.")
+    return tuple(found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- items
@@ -159,8 +170,8 @@ def _spread(items: Sequence[Item]) -> list[str]:
     return names[:: max(1, len(names) // QUICK_RELATIONS)][:QUICK_RELATIONS]
 
 
-def enough(items: Items, settings: Settings, notes: list[str]) -> Items:
-    """Without relations that have too few items to split."""
+def enough(items: Items, settings: Settings, notes: list[str], kept_by: str = "") -> Items:
+    """Without relations that have too few items to split. kept_by: what these items have passed, for people."""
     counts = Counter(item.relation for item in items.items)
     few = {name for name, n in counts.items() if n < settings.at_least}
     if few:
@@ -168,7 +179,7 @@ def enough(items: Items, settings: Settings, notes: list[str]) -> Items:
     kept = tuple(item for item in items.items if item.relation not in few)
     if not kept:
         raise InputError(
-            f"no relation of {items.name} has {settings.at_least} items or more that the model knows; found "
+            f"no relation has {settings.at_least} items or more of {items.name}{f' {kept_by}' if kept_by else ''}; found "
             f"{', '.join(f'{name} ({n})' for name, n in counts.items()) or 'none'}. Give more items (--n), or a lower at_least"
         )
     return Items(items.name, kept, items.stop)

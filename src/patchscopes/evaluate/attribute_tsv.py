@@ -1,6 +1,6 @@
 """The attribute TSVs that the Patchscopes paper published: facts of LRE, contexts of WikiText-103, one file a relation.
 
-Columns: sample_id, prompt_target ("The official currency of x"), object, subject, is_correct_baseline (of GPT-J), prompt_source,
+Columns used: prompt_target ("The official currency of x"), object, subject, is_correct_baseline (of GPT-J), prompt_source,
 position_source and source_cropped_toks (GPT-2's tokens up to the subject's last). They are read with a CSV parser, since fields hold line
 ends. Positions are recomputed from the text, so that any tokenizer will do: the subject's mention at which the cropped tokens end.
 
@@ -10,16 +10,15 @@ The paper's own counts come out with its own filters, which differ from task to 
 from __future__ import annotations
 
 import ast
-import csv
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from patchscopes.core.errors import InputError
-from patchscopes.evaluate.data import Item, Items, place, told
+from patchscopes.evaluate.data import Item, Items, columns, place, rows_of, told
 
-COLUMNS = ("sample_id", "prompt_target", "object", "subject", "is_correct_baseline", "prompt_source", "source_cropped_toks")
+COLUMNS = ("prompt_target", "object", "subject", "is_correct_baseline", "prompt_source", "source_cropped_toks")
 # The twelve tasks of the paper's table 1, which have 15 prompts or more and a probe that learns anything.
 TASKS = (
     "fruit_inside_color",
@@ -47,7 +46,6 @@ class Row:
     """A row of a file, as it stands there."""
 
     relation: str
-    sample: str
     target: str
     subject: str
     object: str
@@ -61,11 +59,6 @@ class Row:
         return bool(self.prompt) and "\n" not in self.prompt
 
     @property
-    def leaks(self) -> bool:
-        """The object stands in the prompt."""
-        return self.object.lower() in self.prompt.lower()
-
-    @property
     def at(self) -> str | None:
         """The subject's mention at which the cropped tokens end; None if they end elsewhere."""
         if not self.prompt.startswith(self.cropped) or not self.cropped.rstrip().endswith(self.subject):
@@ -75,25 +68,21 @@ class Row:
 
 def is_one(file: Path) -> bool:
     """Whether a file is of this format, by its suffix and columns."""
-    if file.suffix != ".tsv":
-        return False
-    with file.open(encoding="utf-8", newline="") as stream:
-        return {"prompt_target", "prompt_source"} <= set(next(csv.reader(stream, delimiter="\t"), []))
+    return file.suffix == ".tsv" and {"prompt_target", "prompt_source"} <= set(columns(file))
 
 
 def rows(file: Path) -> tuple[list[Row], int]:
-    """The rows of a file, and how many were corrupt. InputError if a column is missing."""
+    """The rows of a file, and how many were corrupt. InputError if a column is missing or the file cannot be read."""
+    there = columns(file)
+    if missing := [name for name in COLUMNS if name not in there]:
+        raise InputError(f"{file.name} has no column {', '.join(missing)}; it has {', '.join(there)}")
     found: list[Row] = []
-    corrupt = 0
-    with file.open(encoding="utf-8", newline="") as stream:
-        reader = csv.DictReader(stream, delimiter="\t")
-        if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
-            raise InputError(f"{file.name} has no column {', '.join(missing)}; it has {', '.join(reader.fieldnames or ())}")
-        for row in reader:
-            try:
-                found.append(_row(file.stem, row))
-            except (ValueError, SyntaxError, TypeError):
-                corrupt += 1
+    whole, corrupt = rows_of(file)
+    for row in whole:
+        try:
+            found.append(_row(file.stem, row))
+        except (ValueError, SyntaxError, TypeError):
+            corrupt += 1
     return found, corrupt
 
 
@@ -101,11 +90,9 @@ def _row(relation: str, row: dict[str, str]) -> Row:
     target, subject, answer = row["prompt_target"], row["subject"], row["object"]
     if not target.endswith(" x") or not subject or not answer or row["is_correct_baseline"] not in ("True", "False"):
         raise ValueError(relation)
-    prompt = row["prompt_source"] or ""
+    prompt = row["prompt_source"]
     cropped = "".join(ast.literal_eval(row["source_cropped_toks"])) if row["source_cropped_toks"] else ""
-    return Row(
-        relation, row["sample_id"], f"{target[:-1]}{{x}}", subject, answer, prompt, cropped, row["is_correct_baseline"] == "True"
-    )
+    return Row(relation, f"{target[:-1]}{{x}}", subject, answer, prompt, cropped, row["is_correct_baseline"] == "True")
 
 
 def paper_prompts(some: Sequence[Row]) -> tuple[int, int]:
@@ -136,8 +123,6 @@ def items(files: Sequence[Path]) -> Items:
             elif (at := row.at) is None:
                 notes["the subject does not stand where their tokens end"] += 1
             else:
-                answer = (row.object,)
-                found.append(
-                    Item(row.relation, row.subject, answer, row.prompt, at, row.target, f"{file.stem} {row.sample}", row.correct)
-                )
+                # one subject stands in several samples, files and contexts; they are one entity
+                found.append(Item(row.relation, row.subject, (row.object,), row.prompt, at, row.target, row.subject, row.correct))
     return Items("attribute TSVs", tuple(found), (), told([(k, why) for why, k in notes.items()], n, "the attribute TSVs"))

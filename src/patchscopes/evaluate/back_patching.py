@@ -19,7 +19,7 @@ import numpy as np
 
 from patchscopes.core.errors import InputError
 from patchscopes.evaluate import statistics, tries
-from patchscopes.evaluate.frame import Asked, Bars, Result, Table, caveats_of, recorded, settings_of
+from patchscopes.evaluate.frame import Asked, Bars, Result, Table, caveats_of, ours, recorded, settings_of
 from patchscopes.evaluate.hops import Question, asking, filtered, funnel, questions_of, said
 from patchscopes.evaluate.tries import KINDS, Hits, hits_of
 from patchscopes.experiment.spec import Experiment
@@ -42,7 +42,7 @@ class Settings:
     tokens: int = 10
     positions: tuple[str, ...] = ("bridge", "last")
     test: Literal["paper", "words"] = "paper"
-    most: int | None = None
+    most: int | None = ours(None)
 
 
 def plan(asked: Asked, settings: Settings) -> list[Experiment]:

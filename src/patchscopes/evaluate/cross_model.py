@@ -31,7 +31,7 @@ from patchscopes.evaluate import attribute, extraction, next_token, planted
 from patchscopes.evaluate.cross_model_maps import MAPPED, Pair, maps_of, stand_ins
 from patchscopes.evaluate.cross_model_scores import SOURCE, TARGET, attribute_hits, next_token_scores, result
 from patchscopes.evaluate.data import Items
-from patchscopes.evaluate.frame import Asked, Result, caveats_of, recorded, settings_of
+from patchscopes.evaluate.frame import Asked, Result, caveats_of, ours, recorded, settings_of
 from patchscopes.experiment.spec import Experiment
 
 TITLE = "Cross-model patching"
@@ -43,7 +43,7 @@ SCOPES: dict[str, dict[str, Any]] = {"token identity": {"preset": "identity"}, "
 
 @dataclass(frozen=True)
 class Settings:
-    """Every choice, as in the paper.
+    """Every choice.
 
     source          M, the model that is read; the experiment's `model` is M*, which speaks
     layers          of M, and
@@ -57,19 +57,19 @@ class Settings:
     tokens, known, at_least, tasks     of attributes, as in that experiment; known=model asks both models
     """
 
-    source: str = "atlas-small"
-    layers: str | None = None
-    target_layers: str | None = None
+    source: str = ours("atlas-small")
+    layers: str | None = ours(None)
+    target_layers: str | None = ours(None)
     scopes: tuple[str, ...] = ("token identity", "same text")
-    texts: str | None = None
-    read: int | None = None
-    fit: int | None = None
-    unseen: bool = False
-    map: str | None = None
+    texts: str | None = ours(None)
+    read: int | None = ours(None)
+    fit: int | None = ours(None)
+    unseen: bool = ours(False)
+    map: str | None = ours(None)
     tokens: int = 20
     known: Literal["model", "labels", "all"] = "model"
-    at_least: int = 2
-    tasks: tuple[str, ...] | None = None
+    at_least: int = ours(2)
+    tasks: tuple[str, ...] | None = ours(None)
 
 
 def plan(asked: Asked, settings: Settings) -> list[Experiment]:
@@ -77,7 +77,7 @@ def plan(asked: Asked, settings: Settings) -> list[Experiment]:
     pair = _models(asked, settings)
     items = _items(asked, settings, [])
     maps = {name: {"file": str(path)} for name, path in stand_ins(pair).items()}
-    prompts = _prompts(asked, settings, pair, _texts(asked, settings))
+    prompts = _prompts(asked, settings, pair, _texts(asked, settings, []))
     found = [_next_tokens(asked, settings, pair, prompts, maps)]
     if settings.known == "model":
         found += [attribute.asking(one, _attribute(settings), items) for one in _both(asked, pair)]
@@ -90,7 +90,7 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
     pair = _models(asked, settings)
     notes: list[str] = []
     items = _items(asked, settings, notes)
-    texts = _texts(asked, settings)
+    texts = _texts(asked, settings, notes)
     prompts = _prompts(asked, settings, pair, texts)
     given = None if settings.map is None else Path(settings.map)
     files, reports = maps_of(asked, pair, _to_fit(asked, settings, texts, prompts, items), given)
@@ -105,7 +105,7 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
             f"Of {len(items.items):,} items {pair.source.name} knows {len(knows[0]):,}, {pair.target.name} {len(knows[1]):,}, both "
             f"{len(kept):,}; the others are left out."
         )
-        items = attribute.enough(Items(items.name, kept, items.stop), _attribute(settings), notes)
+        items = attribute.enough(Items(items.name, kept, items.stop), _attribute(settings), notes, "that both models know")
         runs += said
     runs.append(recorded(asked, _attributes(asked, settings, pair, items, maps)))
     if not pair.one_vocabulary:
@@ -183,11 +183,11 @@ def _fit(asked: Asked, settings: Settings) -> int:
     return settings.fit if settings.fit is not None else QUICK_FIT if asked.quick else FIT
 
 
-def _texts(asked: Asked, settings: Settings) -> list[str]:
+def _texts(asked: Asked, settings: Settings, notes: list[str]) -> list[str]:
     """All there are, each once, in an order drawn by the seed: the first are read, others fitted to. Of planted ones there are
     more than are wanted, since some come twice, and most mention some entity that is asked about."""
     if settings.texts is not None:
-        found = next_token.texts(Path(settings.texts))
+        found = next_token.texts(Path(settings.texts), notes)
     else:
         more = 10 if settings.unseen else 2
         found = planted.texts(more * (_fit(asked, settings) + _read(asked, settings)), asked.seed)

@@ -12,6 +12,7 @@ What cannot be read is counted and told, never guessed.
 
 from __future__ import annotations
 
+import csv
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -81,6 +82,34 @@ def items_of(path: Path | None) -> Items:
         f"{str(path)!r} holds no data that is known here; expected attribute TSVs (columns prompt_target, prompt_source, …), LRE relations "
         "(JSON with prompt_templates and samples) or PopQA (columns subj, prop, obj, possible_answers)"
     )
+
+
+def columns(file: Path) -> list[str]:
+    """The column names of a .tsv or .csv file; of any other file, and where there are none, nothing."""
+    if file.suffix not in (".tsv", ".csv"):
+        return []
+    # bytes that are no UTF-8 are an error where rows are read, not where it is only asked what a file holds
+    with file.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
+        try:
+            return next(csv.reader(stream, delimiter=_between(file)), [])
+        except csv.Error:
+            return []
+
+
+def rows_of(file: Path) -> tuple[list[dict[str, str]], int]:
+    """The rows of a .tsv or .csv file, and how many were left out since they have fewer or more cells than there are columns. InputError
+    if it cannot be read."""
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            rows = list(csv.DictReader(stream, delimiter=_between(file)))
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise InputError(f"{file.name} could not be read as a table: {e}; expected UTF-8 text with a line of columns") from None
+    whole = [row for row in rows if None not in row and None not in row.values()]
+    return whole, len(rows) - len(whole)
+
+
+def _between(file: Path) -> str:
+    return "\t" if file.suffix == ".tsv" else ","
 
 
 def sampled(items: Sequence[Item], n: int | None, seed: int) -> list[Item]:

@@ -27,7 +27,7 @@ import numpy as np
 from patchscopes.controls.vectors import seed_of
 from patchscopes.core.errors import InputError, NotAvailableError
 from patchscopes.evaluate import planted, statistics
-from patchscopes.evaluate.frame import Asked, Bars, Line, Lines, Result, Table, caveats_of, recorded, settings_of
+from patchscopes.evaluate.frame import Asked, Bars, Line, Lines, Result, Table, caveats_of, ours, paper, recorded, settings_of
 from patchscopes.evaluate.split_words import KINDS, Form, Kind, form_of
 from patchscopes.evaluate.statistics import Estimate
 from patchscopes.experiment.spec import Experiment
@@ -53,18 +53,18 @@ Cell = tuple[str, int]  # scope, layer
 
 @dataclass(frozen=True)
 class Settings:
-    """Every choice, as in the paper.
+    """Every choice.
 
     kinds    of `split_words`: split, typo, natural
-    scopes   of `SCOPES`
+    scopes   of `SCOPES`; the paper has the logit lens for words of one token, the repeating prompt for others
     pieces   a split word has 2 to so many
     tokens   said at most
     """
 
     kinds: tuple[Kind, ...] = KINDS
-    scopes: tuple[str, ...] = tuple(SCOPES)
+    scopes: tuple[str, ...] = paper(tuple(SCOPES), ("repeat", LENS))
     pieces: int = 5
-    tokens: int = 8
+    tokens: int = ours(8)
     layers: str = "all"
 
 

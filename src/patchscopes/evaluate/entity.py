@@ -25,7 +25,7 @@ import numpy as np
 
 from patchscopes.core.errors import InputError
 from patchscopes.evaluate import planted, scoring, statistics
-from patchscopes.evaluate.frame import Asked, Bars, Line, Lines, Result, Table, caveats_of, recorded, settings_of
+from patchscopes.evaluate.frame import Asked, Bars, Line, Lines, Result, Table, caveats_of, paper, recorded, settings_of
 from patchscopes.evaluate.placeholder import spread_table
 from patchscopes.evaluate.planted import Entity
 from patchscopes.evaluate.statistics import Estimate
@@ -48,18 +48,19 @@ CONTROLS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Every choice, as in the paper.
+    """Every choice.
 
-    source    what is read: the name alone, or a sentence that mentions the entity and says nothing of it
-    tokens    said at most; layers: ℓ, with ℓ* = ℓ
+    source    what is read: the name alone, as in the paper, or a sentence that mentions the entity and says nothing of it
+    tokens    said at most
+    layers    ℓ, with ℓ* = ℓ; the paper's are the first ten
     stop      what ends a description; the paper has nothing, so that descriptions of further entities follow, which would count here
     spread    "below": written at every layer up to ℓ*, and compared with "here", ℓ* alone
     """
 
-    source: Read = "mention"
+    source: Literal["mention", "name"] = paper("mention", "name")
     tokens: int = 50
-    layers: str = "1:-1"
-    stop: tuple[str, ...] = (",", "\n")
+    layers: str = paper("1:-1", "1:10")
+    stop: tuple[str, ...] = paper((",", "\n"), ())
     spread: Literal["here", "below"] = "here"
 
 
@@ -77,7 +78,7 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
     entities, notes = drawn(asked)
     run = recorded(asked, _experiment(asked, settings, entities))
     said = _texts(run)
-    kept = [e for e in entities if e.name in said]
+    kept = [e for e in entities if e.key in said]
     layers = sorted({layer for by_layer in said.values() for layer in by_layer})
     texts, hits = _scored(said, kept, layers)
     chosen = _held_out(hits, kept, asked.seed)
@@ -91,10 +92,10 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
     own, deviations = settings_of(settings, asked)
     deviations = (
         *deviations,
-        f"A description ends at {' or '.join(map(repr, settings.stop))}; the paper's goes on for 50 tokens.",
+        "A description counts if it states a fact; the paper holds it against Wikipedia's description by RougeL.",
     )
-    if settings.source == "mention":
-        deviations = (*deviations, "The entity is read in a neutral sentence; the paper's names stand alone (--set source=name).")
+    if asked.data is None:
+        deviations = (*deviations, "The entities are those that atlas knows, not those of PopQA (--data popqa.tsv).")
     return _result(found, own, deviations, (*notes, *caveats_of(runs)), runs)
 
 
@@ -105,7 +106,7 @@ def drawn(asked: Asked, *, each: int = EACH, quick: int = QUICK, words: int = 1)
     """What is described, some of each kind, drawn by the seed, with names of at least so many words; notes on what was left out."""
     notes: list[str] = []
     found = list(planted.entities()) if asked.data is None else of_popqa(asked.data, notes)
-    found = list({entity.name: entity for entity in found}.values())  # a name stands for one
+    found = list({entity.key: entity for entity in found}.values())  # a key stands for one
     able = [e for e in found if scoring.echo_free(e.facts, e.name)]
     if len(able) < len(found):
         notes.append(
@@ -130,15 +131,20 @@ def of_popqa(path: Path, notes: list[str]) -> list[Entity]:
         raise InputError(f"{str(path)!r} is no PopQA file; expected .tsv or .csv with the columns {', '.join(popqa.COLUMNS)}")
     rows, corrupt = popqa.rows(path)
     notes += [f"{corrupt:,} corrupt rows of PopQA were left out."] * bool(corrupt)
-    facts: dict[str, list[str]] = {}
-    popularity: dict[str, int] = {}
+    facts: dict[tuple[str, str], list[str]] = {}  # by name and title: several people are called John Smith
+    popularity: dict[tuple[str, str], int] = {}
     for row in rows:
-        facts.setdefault(row.subject, []).extend(row.answers)
-        popularity[row.subject] = max(row.popularity, popularity.get(row.subject, 0))
-    ranked = sorted(facts, key=lambda name: popularity[name])
+        one = row.subject, row.title
+        facts.setdefault(one, []).extend(row.answers)
+        popularity[one] = max(row.popularity, popularity.get(one, 0))
+    ranked = sorted(facts, key=lambda one: popularity[one])
     size = min(OF_POPQA, len(ranked) // 2)
     halves = {"rare": ranked[:size], "popular": ranked[len(ranked) - size :]}
-    return [Entity(kind, name, tuple(dict.fromkeys(facts[name])), ()) for kind, names in halves.items() for name in names]
+    return [
+        Entity(kind, name, tuple(dict.fromkeys(facts[name, title])), (), title)
+        for kind, some in halves.items()
+        for name, title in some
+    ]
 
 
 def prompts_of(entities: Sequence[Entity], source: Read) -> list[dict[str, Any]]:
@@ -146,7 +152,7 @@ def prompts_of(entities: Sequence[Entity], source: Read) -> list[dict[str, Any]]
     found = []
     for entity in entities:
         text, at = planted.mention(entity.name) if source == "mention" else (entity.name, -1)
-        found.append({"text": text, "at": at, "labels": {"entity": entity.name, "kind": entity.kind}})
+        found.append({"text": text, "at": at, "labels": {"entity": entity.key, "kind": entity.kind}})
     return found
 
 
@@ -198,7 +204,7 @@ def _scored(
     said: dict[str, dict[int, str]], entities: Sequence[Entity], layers: Sequence[int]
 ) -> tuple[list[list[str]], np.ndarray]:
     """texts[entity][layer]; hits[entity, layer]. What failed is a miss."""
-    texts = [[said.get(e.name, {}).get(layer, "") for layer in layers] for e in entities]
+    texts = [[said.get(e.key, {}).get(layer, "") for layer in layers] for e in entities]
     return texts, np.array([[true(text, e) for text in row] for row, e in zip(texts, entities, strict=True)], bool)
 
 
@@ -245,12 +251,16 @@ def _figures(found: Described) -> dict[str, Estimate]:
         "any_of_all": rate(statistics.any_of(hits).tolist(), range(len(names))),
         "any_of_all_another_of_its_kind": rate(statistics.any_of(crossed).tolist(), [k for k, _ in pairs]),
     }
-    by_name = {e.name: e for e in entities}
+    by_key = {e.key: e for e in entities}
     said = found.control.table(status="ok").select("entity", "control", "text", "verdict")
     for kind in CONTROLS:
         rows = [(name, text) for name, control, text, _ in said.iter_rows() if control == kind]
-        figures[kind] = statistics.rate([float(true(t, by_name[n])) for n, t in rows], [n for n, _ in rows], seed=seed)
-    verdicts = [(name, float(verdict == "above")) for name, control, _, verdict in said.iter_rows() if control == "none"]
+        figures[kind] = statistics.rate(
+            [float(true(text, by_key[key])) for key, text in rows], [by_key[key].name for key, _ in rows], seed=seed
+        )
+    verdicts = [
+        (by_key[name].name, float(verdict == "above")) for name, control, _, verdict in said.iter_rows() if control == "none"
+    ]
     figures["above_controls"] = statistics.rate([v for _, v in verdicts], [n for n, _ in verdicts], seed=seed)
     if (plain := found.plain) is not None:
         alone = plain[away, _held_out(plain, entities, seed).cell]

@@ -72,7 +72,7 @@ def knows(run: Run, parts: Sequence[tuple[str, str, Sequence[Item]]]) -> set[Ite
     }
 
 
-def grid_hits(run: Run, items: Sequence[Item], *, seed: int = 0) -> Hits:
+def grid_hits(run: Run, items: Sequence[Item], *, seed: int) -> Hits:
     """Of every item and cell. What failed is a miss."""
     rows = run.table(control="none").select("scope", "prompt_text", "at", "source_layer", "target_layer", "text")
     said: dict[tuple[str, str, str], dict[tuple[int, int], str]] = {}

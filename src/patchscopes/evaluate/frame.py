@@ -3,7 +3,8 @@
 An experiment is a module with
 
     TITLE, PAPER     a line for people, and whom to cite
-    Settings         a frozen dataclass: every choice of the paper as a field with the paper's value
+    Settings         a frozen dataclass: every choice as a field. Its default is the paper's, unless `paper` names that or `ours` says
+                     that the paper has no such choice
     plan(asked, settings)      the experiments that it will run, as far as they are known before anything has run
     evaluate(asked, settings)  → Result
 
@@ -242,13 +243,23 @@ def chosen_settings(kind: type[T], given: Mapping[str, str]) -> T:
     return kind(**found)
 
 
+def paper(default: T, value: Any) -> T:
+    """A field of `Settings` whose default is not what the paper has: `value`, or what to call it."""
+    return field(default=default, metadata={"paper": value})
+
+
+def ours(default: T) -> T:
+    """A field of `Settings` that is no choice of the paper: whatever it is, nothing differs from the paper."""
+    return field(default=default, metadata={"ours": True})
+
+
 def settings_of(settings: Any, asked: Asked) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """(all settings as plain JSON, what differs from the paper's as sentences)."""
+    """(all settings as plain JSON, what differs from the paper's as sentences, defaults among it)."""
     own = dataclasses.asdict(settings)
     changed = [
-        f"{f.name} = {own[f.name]!r} instead of {f.default!r}"
+        f"{f.name} = {own[f.name]!r} instead of {theirs!r}"
         for f in dataclasses.fields(settings)
-        if f.default is not dataclasses.MISSING and getattr(settings, f.name) != f.default
+        if "ours" not in f.metadata and getattr(settings, f.name) != (theirs := f.metadata.get("paper", f.default))
     ]
     own |= {"model": asked.spec.key, "data": None if asked.data is None else Path(asked.data).name, "n": asked.n}
     own |= {"seed": asked.seed, "quick": asked.quick}

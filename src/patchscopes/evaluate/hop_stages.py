@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from patchscopes.core.errors import InputError
 from patchscopes.evaluate import scoring, statistics
-from patchscopes.evaluate.frame import Asked, Line, Lines, Result, Table, caveats_of, recorded, settings_of
+from patchscopes.evaluate.frame import Asked, Line, Lines, Result, Table, caveats_of, ours, paper, recorded, settings_of
 from patchscopes.evaluate.hops import Question, asking, classify, filtered, funnel, questions_of, right, said
 from patchscopes.experiment.spec import Experiment
 
@@ -55,8 +55,8 @@ class Settings:
     tokens: int = 10
     window: int = 3
     describe: str = DESCRIBE
-    test: Literal["named", "paper"] = "named"
-    most: int | None = None
+    test: Literal["named", "paper"] = paper("named", "paper")
+    most: int | None = ours(None)
 
 
 @dataclass(frozen=True)

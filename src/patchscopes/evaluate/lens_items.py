@@ -25,6 +25,8 @@ def lens_items(file: Path) -> tuple[list[LensItem], int]:
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
         some = document["items"]
+        if not isinstance(some, list):
+            raise TypeError("items")
     except (ValueError, KeyError, TypeError) as e:
         raise InputError(
             f"{file.name} holds no lens items: expected JSON with a list `items` of name, prompt, intermediates"
@@ -32,10 +34,12 @@ def lens_items(file: Path) -> tuple[list[LensItem], int]:
     found = []
     for item in some:
         try:
-            prompt, between = item["prompt"], tuple(item.get("intermediates", ()))
-            if not isinstance(prompt, str) or not prompt.strip() or not all(isinstance(one, str) for one in between):
+            prompt, between, target = item["prompt"], item.get("intermediates", []), item.get("target")
+            if not isinstance(prompt, str) or not prompt.strip() or not isinstance(target, str | None):
                 continue
-            found.append(LensItem(str(item.get("name", "")), prompt, between, item.get("target")))
+            if not isinstance(between, list) or not all(isinstance(one, str) and one.strip() for one in between):
+                continue
+            found.append(LensItem(str(item.get("name", "")), prompt, tuple(between), target))
         except (KeyError, TypeError, AttributeError):
             continue
     return found, len(some) - len(found)

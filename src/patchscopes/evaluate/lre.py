@@ -28,8 +28,12 @@ def is_one(file: Path) -> bool:
 
 
 def relation(file: Path) -> tuple[dict[str, Any], list[tuple[str, str]], int]:
-    """The document of a file, its (subject, object) pairs, and how many samples were corrupt."""
+    """The document of a file, its (subject, object) pairs, and how many samples were corrupt. InputError if it has no lists of samples and
+    templates."""
     document = json.loads(file.read_text(encoding="utf-8"))
+    for name in ("samples", "prompt_templates"):
+        if not isinstance(document[name], list):
+            raise InputError(f"{file.name} has {name} = {document[name]!r}; expected a list")
     pairs, corrupt = [], 0
     for sample in document["samples"]:
         subject, answer = (sample.get("subject"), sample.get("object")) if isinstance(sample, dict) else (None, None)

@@ -23,7 +23,7 @@ import numpy as np
 
 from patchscopes.core.errors import InputError
 from patchscopes.evaluate import statistics, tries
-from patchscopes.evaluate.frame import Asked, Bars, Result, Table, caveats_of, recorded, settings_of
+from patchscopes.evaluate.frame import Asked, Bars, Result, Table, caveats_of, ours, paper, recorded, settings_of
 from patchscopes.evaluate.hops import Outcome, Question, asking, filtered, funnel, questions_of, right, said
 from patchscopes.evaluate.tries import KINDS, Hits
 from patchscopes.experiment.spec import Experiment
@@ -51,11 +51,11 @@ class Settings:
     """
 
     tokens: int = 20
-    forms: tuple[str, ...] = FORMS
+    forms: tuple[str, ...] = paper(FORMS, ("phrases", "query"))
     layers: str = "1:"
     target_layers: str = "1:"
     test: Literal["paper", "words"] = "paper"
-    most: int | None = None
+    most: int | None = ours(None)
     shortcuts: bool = True
 
 

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from patchscopes.core.errors import InputError, NotAvailableError
+from patchscopes.core.errors import InputError, NotAvailableError, PromptError
 from patchscopes.evaluate import planted, statistics
-from patchscopes.evaluate.frame import Asked, Line, Lines, Result, Table, caveats_of, recorded, settings_of
+from patchscopes.evaluate.frame import Asked, Line, Lines, Result, Table, caveats_of, ours, paper, recorded, settings_of
 from patchscopes.evaluate.statistics import Estimate
 from patchscopes.experiment.lens_folder import is_lens
 from patchscopes.experiment.spec import Experiment
@@ -48,17 +48,19 @@ Part = Mapping[str, Any]  # of an experiment; its scopes are scored beside the o
 
 @dataclass(frozen=True)
 class Settings:
-    """Every choice, as in the paper.
+    """Every choice.
 
-    scopes     of `SCOPES`
+    scopes     of `SCOPES`; the paper has no bare prompt
     lens       a tuned lens: a file or folder that training left, a folder in the public format, the name of a bundled model; none: that of
                the model, where it is bundled
-    longest    texts with more words are left out
+    longest    texts of so many words or more are left out, and
+    characters texts of so many characters or more
     """
 
-    scopes: tuple[str, ...] = ("logit lens", "token identity", "bare ?")
-    lens: str | None = None
+    scopes: tuple[str, ...] = paper(("logit lens", "token identity", "bare ?"), ("logit lens", "token identity"))
+    lens: str | None = ours(None)
     longest: int = 250
+    characters: int = 2000
 
 
 def plan(asked: Asked, settings: Settings) -> list[Experiment]:
@@ -98,22 +100,41 @@ def _lens(asked: Asked, settings: Settings) -> list[Part]:
 def _prompts(asked: Asked, settings: Settings) -> tuple[list[dict[str, Any]], list[str]]:
     """Texts with one position each, drawn by the seed; and notes on what was left out."""
     n = asked.items(TEXTS, QUICK)
-    found = texts(asked.data) if asked.data is not None else planted.texts(2 * n, asked.seed)
-    kept = [text for text in dict.fromkeys(found) if 0 < len(text.split()) <= settings.longest]
-    notes = [f"{len(found) - len(kept):,} of {len(found):,} texts were left out: empty, there twice, or too long."]
+    notes: list[str] = []
+    found = texts(asked.data, notes) if asked.data is not None else planted.texts(2 * n, asked.seed)
+    kept = [text for text in dict.fromkeys(found) if 0 < len(text.split()) < settings.longest and len(text) < settings.characters]
+    if len(kept) < len(found) and asked.data is not None:
+        notes.append(f"{len(found) - len(kept):,} of {len(found):,} texts were left out: empty, there twice, or too long.")
     rng = random.Random(f"{asked.seed} next-token")
     rng.shuffle(kept)
     tokens = _tokenizer(asked)
-    prompts = []
-    for text in kept[:n]:
-        prompts.append({"text": text, "at": rng.randrange(max(1, len(tokens(text))))})
+    prompts: list[dict[str, Any]] = []
+    unread: list[str] = []
+    for text in kept:
+        if len(prompts) == n:
+            break
+        try:
+            prompts.append({"text": text, "at": rng.randrange(max(1, len(tokens(text))))})
+        except PromptError as e:  # more tokens than the model reads: the next text takes its place
+            unread.append(str(e))
+    notes += left_out(unread, len(unread) + len(prompts))
     if not prompts:
-        raise InputError(f"there is no text to read; expected one a line, of at most {settings.longest} words")
-    return prompts, notes if len(kept) < len(found) and asked.data is not None else []
+        told = f" ({' '.join(notes)})" if notes else ""
+        raise InputError(
+            f"there is no text to read{told}; expected one a line, of fewer than {settings.longest} words and {settings.characters} "
+            "characters, and of no more tokens than the model reads"
+        )
+    return prompts, notes
 
 
-def texts(path: Path) -> list[str]:
-    """Texts of a file: lines of a .txt, `text` or `prompt` of a .jsonl, the prompts of jacobian-lens items (.json)."""
+def left_out(unread: Sequence[str], of: int) -> list[str]:
+    """A note on texts that the model does not read, by the errors that it gave."""
+    return [f"{len(unread):,} of {of:,} texts that were drawn were left out: {unread[0]}"] if unread else []
+
+
+def texts(path: Path, notes: list[str]) -> list[str]:
+    """Texts of a file: lines of a .txt, `text` or `prompt` of a .jsonl, the prompts of jacobian-lens items (.json). What has none is
+    counted in `notes`."""
     if not path.is_file():
         raise NotAvailableError(f"there is no file {str(path)!r}; expected texts, one a line, .jsonl, or lens items (.json)")
     try:
@@ -123,10 +144,17 @@ def texts(path: Path) -> list[str]:
     if path.suffix == ".json":
         from patchscopes.evaluate.lens_items import lens_items
 
-        return [item.prompt for item in lens_items(path)[0]]
+        items, corrupt = lens_items(path)
+        notes += [f"{corrupt:,} of {len(items) + corrupt:,} lens items of {path.name} were left out: they are corrupt."] * bool(
+            corrupt
+        )
+        return [item.prompt for item in items]
     if path.suffix == ".jsonl":
         rows = [_row(line, f"{str(path)!r} line {k}") for k, line in enumerate(lines, 1) if line.strip()]
-        return [text for row in rows if isinstance(text := row.get("text", row.get("prompt")), str)]
+        some = [text for row in rows if isinstance(text := row.get("text", row.get("prompt")), str)]
+        none = len(rows) - len(some)
+        notes += [f"{none:,} of {len(rows):,} rows of {path.name} were left out: they have no text."] * bool(none)
+        return some
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -204,13 +232,15 @@ def _figures_of(
     lens: Mapping[int, float],
     seed: int,
 ) -> dict[str, Estimate]:
-    paired = [(p, float(token == truth[p]) - lens[p]) for p, token, _ in some if p in lens]
+    paired = [(p, float(token == truth[p])) for p, token, _ in some if p in lens]
     shuffled = [(p, float(token == stranger[p])) for p, token, _ in some if p in stranger]
     finite = [(p, bits) for p, _, bits in some if bits is not None and np.isfinite(bits)]
     return {
         "precision_at_1": statistics.rate([float(token == truth[p]) for p, token, _ in some], [p for p, *_ in some], seed=seed),
         "another_texts_token": statistics.rate([hit for _, hit in shuffled], [p for p, _ in shuffled], seed=seed),
-        "above_logit_lens": statistics.rate([more for _, more in paired], [p for p, _ in paired], seed=seed),
+        "above_logit_lens": statistics.difference(
+            [hit for _, hit in paired], [lens[p] for p, _ in paired], [p for p, _ in paired], seed=seed
+        ),
         "surprisal_bits": statistics.rate([bits for _, bits in finite], [p for p, _ in finite], seed=seed),
     }
 

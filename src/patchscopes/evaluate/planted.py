@@ -16,12 +16,19 @@ STOP = (".",)
 
 @dataclass(frozen=True)
 class Entity:
-    """An entity with what is true of it: objects of its facts, and the phrases that may describe it."""
+    """An entity with what is true of it: objects of its facts, and the phrases that may describe it. title: what tells it from others of
+    its name, where there may be such."""
 
     kind: str
     name: str
     facts: tuple[str, ...]
     descriptions: tuple[str, ...]
+    title: str = ""
+
+    @property
+    def key(self) -> str:
+        """What runs call it: the name, and the title where it says more."""
+        return self.name if self.title in ("", self.name) else f"{self.name} ({self.title})"
 
 
 def mention(subject: str) -> tuple[str, str]:

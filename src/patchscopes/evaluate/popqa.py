@@ -6,24 +6,24 @@ is held against here are the accepted answers of all the entity's questions.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from patchscopes.evaluate.data import Item, Items, told
+from patchscopes.evaluate.data import Item, Items, columns, rows_of, told
 from patchscopes.evaluate.planted import mention
 
-COLUMNS = ("subj", "prop", "obj", "question", "possible_answers", "s_pop")
+COLUMNS = ("subj", "prop", "obj", "question", "possible_answers", "s_pop", "s_wiki_title")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A question."""
+    """A question. title: of the subject's page, which tells entities of one name apart."""
 
     subject: str
+    title: str
     relation: str
     answers: tuple[str, ...]
     question: str
@@ -32,26 +32,27 @@ class Row:
 
 def is_one(file: Path) -> bool:
     """Whether a file is of this format, by its columns."""
-    if file.suffix not in (".tsv", ".csv"):
-        return False
-    with file.open(encoding="utf-8", newline="") as stream:
-        return set(COLUMNS) <= set(next(csv.reader(stream, delimiter="\t" if file.suffix == ".tsv" else ","), []))
+    return set(COLUMNS) <= set(columns(file))
 
 
 def rows(file: Path) -> tuple[list[Row], int]:
-    """The rows of a file, and how many were corrupt."""
+    """The rows of a file, and how many were corrupt. InputError if the file cannot be read."""
     found: list[Row] = []
-    corrupt = 0
-    with file.open(encoding="utf-8", newline="") as stream:
-        for row in csv.DictReader(stream, delimiter="\t" if file.suffix == ".tsv" else ","):
-            try:
-                answers = tuple(dict.fromkeys([row["obj"], *json.loads(row["possible_answers"])]))
-                if not row["subj"] or not row["obj"] or not all(isinstance(a, str) for a in answers):
-                    raise ValueError
-                found.append(Row(row["subj"], row["prop"], answers, row["question"], int(float(row["s_pop"]))))
-            except (ValueError, TypeError, KeyError):
-                corrupt += 1
+    whole, corrupt = rows_of(file)
+    for row in whole:
+        try:
+            found.append(_row(row))
+        except (ValueError, OverflowError):  # JSON, or a number, that is none; s_pop = inf
+            corrupt += 1
     return found, corrupt
+
+
+def _row(row: dict[str, str]) -> Row:
+    answers = json.loads(row["possible_answers"])
+    if not isinstance(answers, list) or not all(isinstance(one, str) for one in answers) or not row["subj"] or not row["obj"]:
+        raise ValueError(f"no list of answers, no subject or no object: {row!r}")
+    every = tuple(dict.fromkeys([row["obj"], *answers]))
+    return Row(row["subj"], row["s_wiki_title"], row["prop"], every, row["question"], int(float(row["s_pop"])))
 
 
 def items(files: Sequence[Path]) -> Items:

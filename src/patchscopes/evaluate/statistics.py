@@ -20,7 +20,8 @@ RESAMPLES, LEVEL, AT_ONCE = 2000, 0.95, 200
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with the interval of a bootstrap over clusters. n: rows; clusters: entities that they belong to."""
+    """A mean with the interval of a bootstrap over clusters; low and high are NaN where that is unknown. n: rows; clusters: entities that
+    they belong to."""
 
     value: float
     low: float
@@ -35,7 +36,8 @@ class Estimate:
     def __str__(self) -> str:
         if self.value != self.value:
             return "none"
-        return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%})"
+        between = "interval unknown" if self.low != self.low else f"{self.low:.1%} to {self.high:.1%}"
+        return f"{self.value:.1%} ({between})"
 
 
 def rate(values: Sequence[float] | np.ndarray, clusters: Sequence[Hashable], *, seed: int = 0) -> Estimate:
@@ -47,8 +49,8 @@ def mean_of_rates(
     values: Sequence[float] | np.ndarray, groups: Sequence[Hashable], clusters: Sequence[Hashable], *, seed: int = 0
 ) -> Estimate:
     """The mean over groups (relations, say) of the mean of values in each. A cluster is resampled as a whole, in whatever groups it
-    has rows; a group that is empty in a resample is left out of it. Where all values are 0 or all 1 the bound is that of Clopper and
-    Pearson for as many clusters."""
+    has rows; a group that is empty in a resample is left out of it. Where all resamples are alike they prove nothing: with all values 0 or
+    all 1 the bound is that of Clopper and Pearson for as many clusters, else (one cluster, or equal numbers) the interval is unknown."""
     values = np.asarray(values, float)
     if len(values) == 0:
         return Estimate(math.nan, math.nan, math.nan, 0, 0)
@@ -65,12 +67,11 @@ def mean_of_rates(
             means.append(np.nanmean((weights @ total) / (weights @ count), axis=1))
         value = float(np.mean(total.sum(0) / count.sum(0)))
     low, high = np.percentile(np.concatenate(means), [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
-    if low == high == value and value in (
-        0.0,
-        1.0,
-    ):  # every resample is the same, which proves nothing: the exact bound on n clusters
+    if (values == values[0]).all() and value in (0.0, 1.0):  # the exact bound on n clusters
         bound = (0.5 - LEVEL / 2) ** (1 / n)
         low, high = (bound, 1.0) if value else (0.0, 1 - bound)
+    elif high - low <= 1e-12 * max(1.0, abs(value)):  # resamples that differ by rounding alone
+        low = high = math.nan
     return Estimate(value, float(low), float(high), len(values), n)
 
 
@@ -83,7 +84,7 @@ def difference(
     seed: int = 0,
 ) -> Estimate:
     """The mean of first − second, paired row by row (over groups the mean of that in each), its interval over clusters. Where no row
-    differs the interval is the exact bound on n clusters, to both sides."""
+    differs the interval is the exact bound on n clusters, to both sides; where it is unknown, it is so as for a mean."""
     apart = np.asarray(first, float) - np.asarray(second, float)
     if len(apart) and (apart == -1).all():
         found = difference(second, first, clusters, groups, seed=seed)

@@ -28,8 +28,8 @@ import numpy as np
 from patchscopes.core.errors import InputError, UnknownName, nearest
 from patchscopes.evaluate import amplified
 from patchscopes.evaluate.amplified import SITES, WAYS, Chosen, Part
-from patchscopes.evaluate.entity import Read, drawn, prompts_of
-from patchscopes.evaluate.frame import Asked, Result, caveats_of, recorded, settings_of
+from patchscopes.evaluate.entity import drawn, prompts_of
+from patchscopes.evaluate.frame import Asked, Result, caveats_of, paper, recorded, settings_of
 from patchscopes.evaluate.planted import Entity
 from patchscopes.experiment.spec import Experiment
 
@@ -39,18 +39,24 @@ if TYPE_CHECKING:
 TITLE = "Superscopes"
 PAPER = "Jacobi and Niv 2025, Superscopes (arXiv 2503.02078)"
 EACH, QUICK, WORDS = 5, 2, 2
+DEVIATIONS = (
+    "A text counts if it states a true fact that the name does not say; the paper's if a sentence encoder finds it near the source "
+    "prompt, so that an echo of the prompt counts.",
+    "All ways have as many tries; the paper's plain Patchscope has one, its Superscope five.",
+    "The draws have a seed; the paper's have none.",
+)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Every choice, as in the paper.
+    """Every choice.
 
     alphas       of the paper's evaluation; its baseline is α = 1. Their number N is that of the tries of every way
     weights      w of guidance, N of them; γ = w + 1 of Sanchez et al. 2023, who find most near γ = 1.5
     sites        what is amplified; the paper's evaluation has mlp_out alone, its application all three
     blocks       b, those of the paper
     written      "block": at layer b + 1; "first": at layer 1
-    source       what is read: a sentence that mentions the entity and says nothing of it, or the name alone
+    source       what is read: a sentence that mentions the entity and says nothing of it, or the name alone, as in the paper
     tokens       said at most
     temperature  of the draws; the paper's is that of its checkpoint, without a seed
     stop         what ends a description; the paper has nothing
@@ -59,15 +65,15 @@ class Settings:
     """
 
     alphas: tuple[float, ...] = (3.0, 6.0, 9.0, 12.0, 15.0)
-    weights: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0)
-    sites: tuple[str, ...] = SITES
+    weights: tuple[float, ...] = paper((0.5, 1.0, 1.5, 2.0, 3.0), ())
+    sites: tuple[str, ...] = paper(SITES, ("mlp_out",))
     blocks: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7)
     written: Literal["block", "first"] = "block"
-    source: Read = "mention"
+    source: Literal["mention", "name"] = paper("mention", "name")
     tokens: int = 10
-    temperature: float = 1.0
-    stop: tuple[str, ...] = (",", "\n")
-    read: int | None = -1
+    temperature: float = paper(1.0, "that of its checkpoint")
+    stop: tuple[str, ...] = paper((",", "\n"), ())
+    read: int | None = paper(-1, None)
 
 
 def plan(asked: Asked, settings: Settings) -> list[Experiment]:
@@ -107,7 +113,7 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
         blocks=settings.blocks,
         seed=asked.seed,
         settings=own,
-        deviations=(*deviations, *_deviations(settings)),
+        deviations=(*deviations, *DEVIATIONS),
         caveats=(
             *notes,
             f"Intervals are of one figure each, not adjusted for {len(settings.sites)} sites and {len(WAYS) - 1} ways; p-values are.",
@@ -115,20 +121,6 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
         ),
         runs=(grid, control),
     )
-
-
-def _deviations(settings: Settings) -> tuple[str, ...]:
-    found = [
-        "A text counts if it states a true fact that the name does not say; the paper's if a sentence encoder finds it near the source "
-        "prompt, so that an echo of the prompt counts.",
-        "All ways have as many tries; the paper's plain Patchscope has one, its Superscope five.",
-        "The inputs of MLPs and the states of the stream stand beside the outputs of MLPs, which alone the paper's evaluation reads.",
-        "The draws are those of the model's own distribution, with a seed; the paper's those of its checkpoint's settings, without.",
-        f"A description ends at {' or '.join(map(repr, settings.stop))}; the paper's goes on for 10 tokens.",
-    ]
-    if settings.source == "mention":
-        found.append("The entity is read in a neutral sentence; the paper's prompts stand alone (--set source=name).")
-    return tuple(found)
 
 
 def _checked(settings: Settings) -> None:

@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from patchscopes.core.errors import InputError
+from patchscopes.core.errors import InputError, PromptError
 from patchscopes.evaluate import planted, statistics
-from patchscopes.evaluate.frame import Asked, Line, Lines, Result, Table, caveats_of, recorded, settings_of
+from patchscopes.evaluate.frame import Asked, Line, Lines, Result, Table, caveats_of, ours, paper, recorded, settings_of
+from patchscopes.evaluate.next_token import left_out
 from patchscopes.evaluate.next_token import texts as texts_of
 from patchscopes.evaluate.statistics import Estimate
 from patchscopes.evaluate.token_probe import probability_of
@@ -57,8 +58,8 @@ class Settings:
     """
 
     early: int = 1
-    layers: str = "0:-1"
-    longest: int = 5
+    layers: str = paper("0:-1", "9")
+    longest: int = ours(5)
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,8 @@ def units_of(tokens: Tokens, names: Sequence[str] = (), longest: int = 5) -> dic
 
 def _documents(asked: Asked, settings: Settings) -> tuple[list[Document], list[str]]:
     n = asked.items(TEXTS, QUICK)
-    found = texts_of(asked.data) if asked.data is not None else planted.texts(n, asked.seed)
+    notes: list[str] = []
+    found = texts_of(asked.data, notes) if asked.data is not None else planted.texts(n, asked.seed)
     some = [text for text in dict.fromkeys(found) if text.strip()]
     random.Random(f"{asked.seed} token-erasure").shuffle(some)
     names = [entity.name for entity in planted.entities()] if asked.data is None else []
@@ -136,22 +138,29 @@ def _documents(asked: Asked, settings: Settings) -> tuple[list[Document], list[s
 
         tokens = outline_spec(asked.spec, "cpu").tokens
     documents = []
-    for text in some[:n]:
-        seen = tokens(text)
+    unread: list[str] = []
+    for text in some:
+        if len(documents) == n:
+            break
+        try:
+            seen = tokens(text)
+        except PromptError as e:  # more tokens than the model reads: the next text takes its place
+            unread.append(str(e))
+            continue
         start = next((k for k, added in enumerate(seen.special) if not added), len(seen))
         documents.append(
             Document(text, seen.ids, start, units_of(seen, [name for name in names if name in text], settings.longest))
         )
+    notes += left_out(unread, len(unread) + len(documents))
     first = [statistics.in_first_half(one.text, asked.seed) for one in documents]
     units = sum(len(one.units) for one in documents)
     if not documents or all(first) or not any(first) or units < 2:
         raise InputError(
             f"{len(documents)} texts with {units} words of several tokens were found; expected at least two texts and two such words"
         )
-    left_out = len(found) - len(some)
-    return documents, [
-        f"{left_out:,} of {len(found):,} texts were left out: empty, or there twice."
-    ] if left_out and asked.data else []
+    if len(some) < len(found) and asked.data is not None:
+        notes.append(f"{len(found) - len(some):,} of {len(found):,} texts were left out: empty, or there twice.")
+    return documents, notes
 
 
 def _experiment(asked: Asked, settings: Settings, documents: Sequence[Document]) -> Experiment:

@@ -86,7 +86,8 @@ def value_text(value: Any, *, share: bool = True) -> str:
     """A figure for people: an estimate with its interval, a share as per cent, anything else as it is."""
     if isinstance(value, Estimate):
         one = (lambda x: f"{x:.1%}") if share else (lambda x: f"{x:.3g}")
-        return "none" if math.isnan(value.value) else f"{one(value.value)} ({one(value.low)} to {one(value.high)})"
+        between = "interval unknown" if math.isnan(value.low) else f"{one(value.low)} to {one(value.high)}"
+        return "none" if math.isnan(value.value) else f"{one(value.value)} ({between})"
     if isinstance(value, float):
         return "none" if math.isnan(value) else f"{value:.1%}" if share else f"{value:.3g}"
     return str(value)
