@@ -14,8 +14,9 @@ import pytest
 from patchscopes.core.errors import InputError, NotAvailableError
 from patchscopes.evaluate import back_patching, hop_stages, multihop, tries
 from patchscopes.evaluate.frame import Asked
-from patchscopes.evaluate.hops import COLUMNS, Question, bare, classify, filtered, funnel, questions_of, right
+from patchscopes.evaluate.hops import COLUMNS, Outcome, Question, bare, classify, filtered, funnel, questions_of, right, strangers
 from patchscopes.organisms.atlas.facts import world
+from patchscopes.runs import sweep
 
 NEPAL = Question("Mount Everest", ("Nepal",), ("Kathmandu", "Katmandu"), "the country of {}", "The capital of {}")
 PERU = Question("Machu Picchu", ("Peru",), ("Lima",), "the country of {}", "The capital of {}")
@@ -175,6 +176,9 @@ def test_back_patching_is_scored_by_hand() -> None:
         + patched(own, "none", "bridge")
     )
     hits = tries.hits_of(table, (NEPAL, PERU), "last", "paper")
+    assert "other" not in hits.hits  # a control of the viewing, which may be a prompt of the pool
+    strange = pl.DataFrame(patched({("Machu Picchu", 3, 2): "in Kathmandu"}, "none", "last 0"))
+    hits = tries.beside(hits, strange, [("last 0", PERU.text), ("last 0", NEPAL.text)], (NEPAL, PERU), "paper")
     assert hits.pairs == tuple(itertools.product((1, 2, 3), repeat=2))
     assert hits.hits["none"].sum() == 3 and hits.hits["random"].sum() == 0
     scores = back_patching.figures(hits, ["Nepal", "Peru"])
@@ -183,8 +187,76 @@ def test_back_patching_is_scored_by_hand() -> None:
     assert (
         scores["any_of_N other"].value == 0.5 and scores["any_of_N random"].value == 0 and scores["any_of_N forward"].value == 0.5
     )
-    assert scores["p"] == 1.0  # one question each way
+    assert scores["p"] == 1.0 and scores["over_other"].value == 0 and scores["compared"] == 2
     assert "does no better than another's" in back_patching.claim("last", scores)
+
+
+def test_a_stranger_is_another_question_with_another_bridge_and_answer() -> None:
+    def asks(e1: str, e2: str, e3: str, r2: str = "The capital of {}") -> Question:
+        return Question(e1, (e2,), (e3,), "the country of {}", r2)
+
+    everest, annapurna, machu = asks("Everest", "Nepal", "Kathmandu"), asks("Annapurna", "Nepal", "Kathmandu"), PERU
+    moved, money = asks("Nebo", "Nepalia", "Oslo"), asks("Etna", "Italy", "lira", "The currency of {}")
+    home = asks("Kathmandu valley", "Asia", "none")
+    some = [everest, annapurna, machu, moved, money, home]
+    found = strangers(some)
+    assert set(found[:2]) <= {machu} and found[4] is None and found[2] in {everest, annapurna, moved, home}
+    assert strangers(some[::-1]) == found[::-1]  # who it is hangs on no order
+    assert strangers(some, read=[True, True, False, True, True, True])[:3] == [None, None, None]
+
+
+def test_questions_without_a_stranger_are_left_out_of_its_figures_and_told() -> None:
+    own = tries.Hits(((1, 1), (2, 1)), {"none": np.array([[True, False]] * 4), "random": np.zeros((4, 2), bool)})
+    table = pl.DataFrame(patched({("Machu Picchu", 2, 1): "Kathmandu"}, "none", "there"))
+    tried = [("there", PERU.text), None, ("gone", PERU.text), None]
+    found = tries.beside(own, table, tried, [NEPAL] * 4, "paper")
+    assert found.compared is not None and found.compared.tolist() == [
+        True,
+        False,
+        False,
+        False,
+    ]  # one that could not be read is none
+    scores = tries.figures(found, np.ones(2, bool), ["a", "b", "c", "d"])
+    assert (scores["any_of_N other"].value, scores["any_of_N other"].n, scores["compared"]) == (1.0, 1, 1)
+    assert scores["over_other"].value == 0 and scores["any_of_N none"].n == 4
+    assert "for 3 of 4 questions" in tries.alone({"last": found})[0]
+    assert "any_of_N other" not in tries.figures(
+        tries.beside(own, table, [None] * 4, [NEPAL] * 4, "paper"), np.ones(2, bool), "abcd"
+    )
+
+
+def test_a_strangers_state_goes_where_the_own_one_does(tmp_path: Path) -> None:
+    """With the question itself for a stranger the readings are its own ones."""
+    asked, some = Asked(runs=tmp_path), list(questions_of(None).items[:2])
+    back = back_patching.Settings(tokens=2)
+    hop = multihop.Settings(tokens=2, layers="3,6", target_layers="2,5")
+    own, other = (
+        sweep(one, runs=tmp_path)
+        for one in (back_patching._patching(asked, back, some, ()), back_patching._others(asked, back, some, some, ()))
+    )
+    for where in back.positions:
+        said = tries._said(own.table(), {(where, one.text) for one in some})["none"]
+        strange = tries._said(other.table(), {(f"{where} {k}", one.text) for k, one in enumerate(some)})["none"]
+        assert len(said) == 2 * 64 and sorted(said.values()) == sorted(strange.values())
+        for (part, text, a, b), words in strange.items():
+            assert some[int(part.split()[1])].text == text and said[where, text, a, b] == words
+    own, other = (
+        sweep(one, runs=tmp_path)
+        for one in (multihop._patching(asked, hop, some, (), controls=False), multihop._others(asked, hop, some, some, ()))
+    )
+    for form in hop.forms:
+        for k, one in enumerate(some):
+            text = multihop._source(form, one)[0]
+            said = tries._said(own.table(), {(multihop._part(form, one), text)})["none"]
+            strange = tries._said(other.table(), {(multihop._others_part(form, one, k), text)})["none"]
+            assert len(said) == 4 and list(said.values()) == list(strange.values())
+
+
+def test_the_papers_figure_of_self_correction() -> None:
+    """Of all questions whose hops are known; beside it how many are answered as they are."""
+    sample = [Outcome(one, {"composition": answered}) for one, answered in ((NEPAL, False), (PERU, True))]
+    found = multihop.papers(np.array([True, True]), sample)
+    assert (found["paper"].value, found["paper vanilla"].value) == (1.0, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -207,14 +279,20 @@ def test_back_patching_on_atlas_is_recorded_and_instant_again(tmp_path: Path) ->
     asked = Asked(n=90, quick=True, runs=tmp_path)
     settings = back_patching.Settings(positions=("last",), most=3, tokens=4)
     result = back_patching.evaluate(asked, settings)
-    assert len(result.runs) == 2 and result.scores["questions"] == 3
+    assert result.scores["questions"] == 3
     assert result.runs[1].cells == 3 * 64 * 5
-    assert {"any_of_N none", "any_of_N other", "any_of_N random", "any_of_N forward"} <= set(result.scores["places"]["last"])
+    found = result.scores["places"]["last"]
+    assert {"any_of_N none", "any_of_N other", "any_of_N random", "any_of_N forward"} <= set(found)
+    strange = result.runs[2].table(status="ok")
+    assert set(strange["control"]) == {"none"} and strange.height == found["compared"] * 64
+    assert set(strange["prompt_text"]) <= set(result.runs[1].table()["prompt_text"])  # other questions, none of the pool
+    assert found["any_of_N other"].n == found["compared"] and found["any_of_N none"].n == 3
+    assert (found["compared"] < 3) == any("no other question" in one for one in result.caveats)
     assert "most = 3 instead of None" in result.deviations
     json.dumps(result.to_json())
     again = back_patching.evaluate(asked, settings)
     assert [run.id for run in again.runs] == [run.id for run in result.runs]
-    assert [one.name for one in back_patching.plan(asked, settings)] == ["two-hop-asked", "back-patching"]
+    assert [one.name for one in back_patching.plan(asked, settings)] == ["two-hop-asked", "back-patching", "back-patching-others"]
     with pytest.raises(InputError, match="unknown position"):
         back_patching.evaluate(asked, back_patching.Settings(positions=("middle",)))
 
@@ -251,7 +329,17 @@ def test_self_correction_from_the_command_line(tmp_path: Path, capsys: pytest.Ca
     assert stop.value.code in (0, None)
     found = json.loads(capsys.readouterr().out)
     assert set(found["scores"]["forms"]) == {"slot", "query"} and found["scores"]["failed"] == 2
-    assert Path(found["page"]).exists() and len(found["runs"]) in (2, 3)
+    assert Path(found["page"]).exists()
+    for own in found["scores"]["forms"].values():
+        assert own["paper"]["n"] == own["paper vanilla"]["n"] == 2
+    names = [run["name"] for run in found["runs"]]
+    assert names[:2] == ["two-hop-asked", "multihop"] and set(names) <= {
+        *names[:2],
+        "multihop-others",
+        "multihop-kept",
+        "multihop-kept-others",
+        "multihop-answered",
+    }
     with pytest.raises(InputError, match="unknown form"):
         multihop.evaluate(Asked(runs=tmp_path), multihop.Settings(forms=("other",)))
 

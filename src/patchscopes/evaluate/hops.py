@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -252,6 +253,32 @@ def funnel(outcomes: Sequence[Outcome]) -> tuple[tuple[str, int], ...]:
     found.append(("of these: question answered", sum(bool(o.passed["composition"]) for o in left)))
     found.append(("of these: question failed", sum(not o.passed["composition"] for o in left)))
     return tuple(found)
+
+
+def strangers(questions: Sequence[Question], seed: int = 0, read: Sequence[bool] | None = None) -> list[Question | None]:
+    """For every question another of them, whose state can be held against the question's answer (a shuffled control); None where there
+    is none. It has the same second relation, so that its bridge is of the same kind, and neither its entity nor a name of its bridge or
+    answer contains a name of the question's. read: which of them the model can read at all; only these have a stranger and are one.
+    Which one it is hangs on the seed and the two texts alone."""
+
+    def drawn(question: Question, other: Question) -> bytes:
+        return hashlib.sha256(f"{seed} stranger {question.text} {other.text}".encode()).digest()
+
+    of_second: dict[str, list[Question]] = {}
+    for k, one in enumerate(questions):
+        if read is None or read[k]:
+            of_second.setdefault(one.r2, []).append(one)
+    found: list[Question | None] = []
+    for k, question in enumerate(questions):
+        others = [one for one in of_second.get(question.r2, ()) if _strange(question, one)] if read is None or read[k] else []
+        found.append(min(others, key=lambda one: drawn(question, one)) if others else None)
+    return found
+
+
+def _strange(question: Question, other: Question) -> bool:
+    mine = [name.lower() for name in (*question.e2, *question.e3)]
+    theirs = [name.lower() for name in (other.e1, *other.e2, *other.e3)]
+    return not any(name == own or (len(name) > 1 and name in own) for name in mine for own in theirs)
 
 
 # --------------------------------------------------------------------------------------------------------------------- descriptions
