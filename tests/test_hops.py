@@ -293,8 +293,6 @@ def test_back_patching_on_atlas_is_recorded_and_instant_again(tmp_path: Path) ->
     again = back_patching.evaluate(asked, settings)
     assert [run.id for run in again.runs] == [run.id for run in result.runs]
     assert [one.name for one in back_patching.plan(asked, settings)] == ["two-hop-asked", "back-patching", "back-patching-others"]
-    with pytest.raises(InputError, match="unknown position"):
-        back_patching.evaluate(asked, back_patching.Settings(positions=("middle",)))
 
 
 def test_self_correction_is_scored_by_hand() -> None:
@@ -340,8 +338,32 @@ def test_self_correction_from_the_command_line(tmp_path: Path, capsys: pytest.Ca
         "multihop-kept-others",
         "multihop-answered",
     }
-    with pytest.raises(InputError, match="unknown form"):
-        multihop.evaluate(Asked(runs=tmp_path), multihop.Settings(forms=("other",)))
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "told"),
+    [
+        ("back-patching", "positions=foo", "unknown positions foo; expected some of bridge, last"),
+        ("back-patching", "positions=", "the setting positions is empty"),
+        ("back-patching", "most=0", "the setting most is 0; expected 1 or more"),
+        ("multihop", "forms=slot,foo", "unknown forms foo; expected some of phrases, slot, query"),
+        ("multihop", "tokens=0", "the setting tokens is 0"),
+        ("hop-stages", "window=-1", "the setting window is -1; expected 0 or more"),
+        ("hop-stages", "most=-2", "the setting most is -2"),
+        ("hop-stages", "describe=a place", "expected {x} where the state goes"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_anything_is_planned(
+    name: str, setting: str, told: str, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    from patchscopes.cli import main
+
+    monkeypatch.setattr("sys.argv", ["patchscopes", "evaluate", name, "--quick", "--dry-run", "--set", setting])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    said = capsys.readouterr()
+    assert told in " ".join(said.err.split()) and not said.out
 
 
 # --------------------------------------------------------------------------------------------------------------------------- stages

@@ -21,13 +21,14 @@ import numpy as np
 from patchscopes.core.errors import InputError
 from patchscopes.evaluate import statistics, tries
 from patchscopes.evaluate.frame import Asked, Bars, Result, Table, caveats_of, recorded, settings_of
-from patchscopes.evaluate.hops import Question, asking, filtered, funnel, questions_of, said, strangers
+from patchscopes.evaluate.hops import Question, asking, at_least, filtered, funnel, questions_of, said, some_of, strangers
 from patchscopes.evaluate.tries import KINDS, Hits, hits_of
 from patchscopes.experiment.spec import Experiment
 
 TITLE = "Back-patching"
 PAPER = "Biran et al. 2024, Hopping Too Late, section 6"
 N, QUICK_N, MOST, QUICK_MOST = 1200, 240, 64, 12
+PLACES = ("bridge", "last")
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,15 @@ class Settings:
     """
 
     tokens: int = 10
-    positions: tuple[str, ...] = ("bridge", "last")
+    positions: tuple[str, ...] = PLACES
     test: Literal["paper", "words"] = "paper"
     most: int | None = None
+
+    def __post_init__(self) -> None:
+        some_of("positions", self.positions, PLACES)
+        some_of("test", (self.test,), ("paper", "words"))
+        at_least("tokens", self.tokens, 1)
+        at_least("most", self.most, 1)
 
 
 def plan(asked: Asked, settings: Settings) -> list[Experiment]:
@@ -58,8 +65,6 @@ def plan(asked: Asked, settings: Settings) -> list[Experiment]:
 def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
     """The figures of the module's docstring."""
     settings = settings or Settings()
-    if unknown := sorted(set(settings.positions) - {"bridge", "last"}):
-        raise InputError(f"unknown position {', '.join(unknown)}; expected bridge, last or both")
     questions, notes, stop = _questions(asked)
     first = recorded(asked, _asking(asked, settings, questions, stop))
     outcomes = filtered(questions, said(first), settings.test)

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from patchscopes.core.errors import InputError
+from patchscopes.core.names import SLOT
 from patchscopes.evaluate import scoring, statistics
 from patchscopes.evaluate.frame import Asked, Line, Lines, Result, Table, caveats_of, recorded, settings_of
-from patchscopes.evaluate.hops import Question, asking, classify, filtered, funnel, questions_of, right, said
+from patchscopes.evaluate.hops import Question, asking, at_least, classify, filtered, funnel, questions_of, right, said, some_of
 from patchscopes.experiment.spec import Experiment
 
 if TYPE_CHECKING:
@@ -57,6 +58,14 @@ class Settings:
     describe: str = DESCRIBE
     test: Literal["named", "paper"] = "named"
     most: int | None = None
+
+    def __post_init__(self) -> None:
+        some_of("test", (self.test,), ("named", "paper"))
+        at_least("tokens", self.tokens, 1)
+        at_least("window", self.window, 0)
+        at_least("most", self.most, 1)
+        if SLOT not in self.describe:
+            raise InputError(f"the setting describe is {self.describe!r}; expected {SLOT} where the state goes")
 
 
 @dataclass(frozen=True)

@@ -166,6 +166,23 @@ def _question(row: Mapping[str, Any]) -> Question | str:
     return found if said in (None, "", found.text) else "its prompt is not that of its templates"
 
 
+# -------------------------------------------------------------------------------------------------------------------------- settings
+
+
+def at_least(name: str, value: float | None, least: float) -> None:
+    """InputError if a setting that was given is below `least`."""
+    if value is not None and value < least:
+        raise InputError(f"the setting {name} is {value}; expected {least} or more")
+
+
+def some_of(name: str, values: Sequence[str], known: Sequence[str]) -> None:
+    """InputError if a setting has none of the known values, or another."""
+    if unknown := [value for value in values if value not in known]:
+        raise InputError(f"unknown {name} {', '.join(unknown)}; expected some of {', '.join(known)}")
+    if not values:
+        raise InputError(f"the setting {name} is empty; expected some of {', '.join(known)}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------------- asking
 
 

@@ -26,7 +26,19 @@ import numpy as np
 from patchscopes.core.errors import InputError
 from patchscopes.evaluate import statistics, tries
 from patchscopes.evaluate.frame import Asked, Bars, Result, Table, caveats_of, recorded, settings_of
-from patchscopes.evaluate.hops import Outcome, Question, asking, filtered, funnel, questions_of, right, said, strangers
+from patchscopes.evaluate.hops import (
+    Outcome,
+    Question,
+    asking,
+    at_least,
+    filtered,
+    funnel,
+    questions_of,
+    right,
+    said,
+    some_of,
+    strangers,
+)
 from patchscopes.evaluate.tries import KINDS, Hits
 from patchscopes.experiment.spec import Experiment
 
@@ -66,6 +78,12 @@ class Settings:
     most: int | None = None
     shortcuts: bool = True
 
+    def __post_init__(self) -> None:
+        some_of("forms", self.forms, FORMS)
+        some_of("test", (self.test,), ("paper", "words"))
+        at_least("tokens", self.tokens, 1)
+        at_least("most", self.most, 1)
+
 
 def plan(asked: Asked, settings: Settings) -> list[Experiment]:
     """What will be run: the questions in all forms, and as many as may be patched."""
@@ -83,8 +101,6 @@ def plan(asked: Asked, settings: Settings) -> list[Experiment]:
 def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
     """The figures of the module's docstring."""
     settings = settings or Settings()
-    if unknown := sorted(set(settings.forms) - set(FORMS)):
-        raise InputError(f"unknown form {', '.join(unknown)}; expected some of {', '.join(FORMS)}")
     questions, notes, stop = _questions(asked)
     first = recorded(asked, _asking(asked, settings, questions, stop))
     texts = said(first)
