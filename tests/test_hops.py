@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -416,8 +417,9 @@ def test_a_knockout_of_a_window_equals_a_full_pass_with_masks(tmp_path: Path) ->
 
 
 def stage_rows() -> list[dict]:
-    def one(part, kind, layer, text, scope="describe", token="", number=0):
-        head = {"prompt_text": NEPAL.text, "part": part, "control": kind, "scope": scope, "source_layer": layer}
+    def one(part, whose, layer, text, scope="describe", token="", number=0):
+        asked = PERU if whose == "other" else NEPAL
+        head = {"prompt_text": asked.text, "part": part, "control": "none", "scope": scope, "source_layer": layer}
         return {**head, "text": text, "next_token": token, "next_token_id": number}
 
     return [
@@ -427,9 +429,9 @@ def stage_rows() -> list[dict]:
         one("bridge", "other", 4, "in Nepal"),
         one("last", "none", 6, ": Nepal"),
         one("last", "none", 7, ": Kathmandu is a city"),
-        one("knock-out", "none", 0, " Kathmandu", "-1", " Kath", 9),
-        one("knock-out", "none", 0, " Katmandu", "0", " Kat", 8),  # right as well: not broken
-        one("knock-out", "none", 0, " Lima", "1", " Lima", 7),
+        one("knock-out -2", "none", 0, " Kathmandu", "-1", " Kath", 9),
+        one("knock-out -2", "none", 0, " Katmandu", "0", " Kat", 8),  # right as well: not broken
+        one("knock-out -2", "none", 0, " Lima", "1", " Lima", 7),
         one("attn_out", "none", 3, "", token=" Nep"),
         one("attn_out", "none", 1, "", token=" K"),
         one("mlp_out", "none", 2, "", number=4),
@@ -439,7 +441,7 @@ def stage_rows() -> list[dict]:
 
 def test_stages_are_found_by_hand() -> None:
     table = pl.DataFrame(stage_rows())
-    found = hop_stages.stages(table, NEPAL, "named")
+    found = hop_stages.stages(table, NEPAL, "named", PERU)
     assert found.broken == (1,)
     assert found.layers == {"first_hop": 3, "propagation": (2 + 4 + 6) / 3, "second_hop": 7, "extraction": 6}
     assert found.null == {"e2 at bridge": (4,), "e2 at last": (), "e3 at last": ()}
@@ -449,7 +451,68 @@ def test_stages_are_found_by_hand() -> None:
     assert set(nothing.layers.values()) == {None}
     scores = hop_stages.summary([found, nothing], [NEPAL, PERU])
     assert scores["first_hop layer"] == 3 and scores["first_hop seen"].value == 0.5
-    assert scores["first_hop seen, another question's state"].value == 0.5
+    null = scores["first_hop seen, another question's state"]
+    assert (null.value, null.n) == (1.0, 1)  # of the one that has a stranger
+    told = hop_stages.result({"failed": [PERU]}, {"failed": [nothing]}, (("asked", 1),), 0)
+    assert "under another's state" not in " ".join(told.claims) and len(told.figures[0].lines) == 3
+
+
+def test_t1_is_hidden_wherever_it_stands(tmp_path: Path) -> None:
+    """Not only where it is the token before the last; and not where it is part of the last one."""
+    from patchscopes.core.edits import load_edits
+
+    class Words:
+        def tokens(self, text: str) -> Any:
+            return Pieces(text)
+
+    class Pieces(list):
+        def __init__(self, text: str):
+            last = {"Nepal": [" i", "s"], "Peru": [" is"]}.get(text.split()[-2], [])
+            super().__init__([*text.removesuffix(" is").split(), *last])
+
+        def position(self, piece: str) -> int:
+            return max(k for k, word in enumerate(self) if word == piece.split()[-1])
+
+    some = [Question("a", ("b",), ("c",), f"the {place} of x in {place}", "The r of {}") for place in ("Nepal", "Peru", "Chad")]
+    found = hop_stages.from_the_end(Words(), some)  # type: ignore[arg-type]
+    assert found == {3: [some[0].text], 2: [some[1].text]}
+    for back in (2, 3):
+        paths = [one["edits"] for one in hop_stages.knock_outs(2, 0, 1, tmp_path, back) if "edits" in one]
+        assert {edit.keys for path in paths for edit in load_edits(path)} == {-back}
+
+
+def test_the_phrase_is_the_last_thing_before_is(tmp_path: Path) -> None:
+    """What does not end so is counted, in both experiments that need it."""
+    rows = [row(), row(e1_label="Tenet", r2_template="{} has a spouse who")]
+    data = write(tmp_path / "two_hop.csv", rows)
+    for module in (multihop, hop_stages):
+        questions, notes, _ = module._questions(Asked(data=data))
+        assert len(questions) == 1 and any(one.startswith("1 questions were left out") for one in notes)
+    write(data, rows[1:])
+    for module in (multihop, hop_stages):
+        with pytest.raises(InputError, match="no question whose second relation ends in its slot"):
+            module._questions(Asked(data=data))
+
+
+def test_a_form_keeps_the_questions_whose_part_is_there() -> None:
+    other = Question("Machu Picchu", ("Peru",), ("sol",), "the country of {}", "The currency of {}")
+    head = {"prompt_text": other.phrase, "part": "slot: The currency of", "control": "none", "source_layer": 1}
+    table = pl.DataFrame([{**head, "target_layer": 1, "text": "the sol"}])
+    found = multihop._hits(table, ("phrases", "slot"), [NEPAL, other], "paper")
+    assert list(found) == ["slot"] and found["slot"].hits["none"].tolist() == [[False], [True]]
+
+
+def test_draws_of_descriptions() -> None:
+    asked = Asked(quick=True)
+    settings = hop_stages.Settings(draws=3, temperature=1.0, most=1)
+    plan = hop_stages.plan(asked, settings)[1]
+    assert {part.name: part.draws for part in plan.split() if part.draws > 1} == {"bridge": 3, "last": 3}
+    with pytest.raises(InputError, match="3 draws at temperature 0"):
+        hop_stages.Settings(draws=3)
+    told = " ".join(hop_stages._otherwise(hop_stages.Settings()))
+    assert "test=paper" in told and "draws=3" in told
+    told = " ".join(hop_stages._otherwise(hop_stages.Settings(test="paper", draws=3, temperature=1.0)))
+    assert "test=paper" not in told and "draws" not in told
 
 
 def test_a_token_begins_a_name() -> None:
@@ -462,7 +525,7 @@ def test_a_token_begins_a_name() -> None:
 
 def test_stages_of_atlas(tmp_path: Path) -> None:
     asked = Asked(n=90, quick=True, runs=tmp_path)
-    result = hop_stages.evaluate(asked, hop_stages.Settings(most=2, tokens=6))
+    result = hop_stages.evaluate(asked, hop_stages.Settings(most=2, tokens=4, draws=2, temperature=1.0))
     assert set(result.scores["groups"]) == {"answered", "failed"} and len(result.runs) == 2
     assert result.runs[1].counts["failed"] == 0
     json.dumps(result.to_json())

@@ -20,7 +20,7 @@ import csv
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +107,18 @@ def questions_of(path: Path | None) -> Questions:
     """The questions of a two-hop CSV in the public format of Hopping Too Late; None: those of the bundled model that its training
     held out. NotAvailableError if there is no file, InputError if it is in another format."""
     return _planted() if path is None else _of_csv(path)
+
+
+def ending_in_slot(data: Questions) -> Questions:
+    """Those whose second relation ends in its slot, so that the first hop's phrase is the last thing before " is"; the others are counted
+    in a note. InputError if none does."""
+    items = tuple(one for one in data.items if one.second is not None)
+    if not items:
+        raise InputError(f"{data.name} has no question whose second relation ends in its slot")
+    if items == data.items:
+        return data
+    note = f"{len(data.items) - len(items):,} questions were left out: their second relation does not end in its slot"
+    return replace(data, items=items, notes=(*data.notes, note))
 
 
 def _planted() -> Questions:

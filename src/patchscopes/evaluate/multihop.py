@@ -31,6 +31,7 @@ from patchscopes.evaluate.hops import (
     Question,
     asking,
     at_least,
+    ending_in_slot,
     filtered,
     funnel,
     questions_of,
@@ -144,15 +145,10 @@ def _most(asked: Asked, settings: Settings) -> int:
 
 def _questions(asked: Asked) -> tuple[list[Question], list[str], tuple[str, ...]]:
     """A sample, drawn by the seed, of those that can be taken apart; notes; what ends an answer."""
-    data = questions_of(asked.data)
-    items = [one for one in data.items if one.second is not None]
-    notes = list(data.notes)
-    if len(items) < len(data.items):
-        notes.append(f"{len(data.items) - len(items):,} questions were left out: their second relation does not end in its slot")
+    data = ending_in_slot(questions_of(asked.data))
+    items = list(data.items)
     random.Random(asked.seed).shuffle(items)
-    if not items:
-        raise InputError(f"{data.name} has no question whose second relation ends in its slot")
-    return items[: asked.items(N, QUICK_N)], notes, data.stop
+    return items[: asked.items(N, QUICK_N)], list(data.notes), data.stop
 
 
 def _asking(asked: Asked, settings: Settings, questions: Sequence[Question], stop: Sequence[str]) -> Experiment:
