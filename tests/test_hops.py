@@ -14,7 +14,7 @@ import pytest
 
 from patchscopes.core.errors import InputError, NotAvailableError
 from patchscopes.evaluate import back_patching, hop_stages, multihop, tries
-from patchscopes.evaluate.frame import Asked
+from patchscopes.evaluate.frame import Asked, Lines
 from patchscopes.evaluate.hops import COLUMNS, Outcome, Question, bare, classify, filtered, funnel, questions_of, right, strangers
 from patchscopes.organisms.atlas.facts import world
 from patchscopes.runs import sweep
@@ -103,6 +103,21 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         questions_of(write(tmp_path / "a.csv", [{k: v for k, v in row().items() if k != "e2_aliases"}]))
     with pytest.raises(InputError, match="no row that can be used"):
         questions_of(write(tmp_path / "b.csv", [row(e1_label="")]))
+    apart = {
+        "subject": "Ann",
+        "bridge": "India",
+        "answers": ["Mumbai"],
+        "prompt1": "Ann was born in",
+        "prompt2": "The capital of India is",
+    }
+    (tmp_path / "d.jsonl").write_text(json.dumps(apart) + "\n")
+    with pytest.raises(
+        InputError, match=r"d\.jsonl asks its two hops apart .*how they are put together; expected a CSV .*r1_template a noun"
+    ):
+        questions_of(tmp_path / "d.jsonl")
+    (tmp_path / "e.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(InputError, match=r"e\.jsonl holds JSON; expected a CSV"):
+        questions_of(tmp_path / "e.jsonl")
     (tmp_path / "c.csv").write_bytes(b"\xff\xfe\x00e1")
     with pytest.raises(InputError):
         questions_of(tmp_path / "c.csv")
@@ -454,7 +469,11 @@ def test_stages_are_found_by_hand() -> None:
     null = scores["first_hop seen, another question's state"]
     assert (null.value, null.n) == (1.0, 1)  # of the one that has a stranger
     told = hop_stages.result({"failed": [PERU]}, {"failed": [nothing]}, (("asked", 1),), 0)
-    assert "under another's state" not in " ".join(told.claims) and len(told.figures[0].lines) == 3
+    assert (
+        "under another's state" not in " ".join(told.claims)
+        and isinstance(told.figures[0], Lines)
+        and len(told.figures[0].lines) == 3
+    )
 
 
 def test_t1_is_hidden_wherever_it_stands(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from patchscopes.runs import Run
 
 FILTERS = ("first_hop", "second_hop", "composition", "entity_shortcut", "relation_shortcut")
+SINGLE_HOPS = ("prompt1", "prompt2")  # of two-hop items whose hops are asked apart, one JSON object a line
 COLUMNS = ("e1_label", "e2_label", "e3_label", "e2_aliases", "e3_aliases", "r1_template", "r2_template")
 
 
@@ -137,6 +138,10 @@ def _of_csv(path: Path) -> Questions:
         raise NotAvailableError(f"there is no file {str(path)!r}; expected two-hop questions as CSV")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
+            first = file.readline()
+            if first.lstrip().startswith("{"):
+                raise InputError(_no_csv(path.name, first))
+            file.seek(0)
             rows = csv.DictReader(file)
             missing = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
             if missing:
@@ -154,6 +159,18 @@ def _of_csv(path: Path) -> Questions:
         f"{reasons.count(why):,} of {len(read):,} rows of {path.name} were left out: {why}" for why in dict.fromkeys(reasons)
     )
     return Questions(path.name, tuple(dict.fromkeys(found)), ("\n",), notes)
+
+
+def _no_csv(name: str, line: str) -> str:
+    """What to say of JSON lines. Items that ask both hops apart ("Ann was born in the country of", "The largest city in India is") do not
+    say how the first one is named inside the second ("the country that Ann was born in"), and it is not guessed."""
+    expected = f"expected a CSV of two-hop questions with {', '.join(COLUMNS)}"
+    if all(f'"{field}"' in line for field in SINGLE_HOPS):
+        return (
+            f"{name} asks its two hops apart ({', '.join(SINGLE_HOPS)}) and does not say how they are put together; {expected}: "
+            'r1_template a noun phrase such as "the birth country of {}", r2_template what goes around it, such as "The largest city in {}"'
+        )
+    return f"{name} holds JSON; {expected}"
 
 
 def _question(row: Mapping[str, Any]) -> Question | str:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -320,8 +321,8 @@ def kept(found: Hits, answered: Sequence[Question], seed: int = 0) -> dict[str, 
     """How many answered questions are right under the one pair."""
     scores = {}
     for kind in (kind for kind in KINDS if kind in found.hits):
-        rows = np.flatnonzero(found.rows(kind))
-        clusters = [answered[k].e2[0] for k in rows]
+        rows = found.rows(kind)
+        clusters = [one.e2[0] for one in compress(answered, rows)]
         scores[f"kept {kind}"] = statistics.rate(found.hits[kind][rows, 0].astype(float), clusters, seed=seed)
     return scores
 

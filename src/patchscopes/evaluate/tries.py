@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -106,7 +107,7 @@ def figures(
     kinds = [kind for kind in kinds if kind in found.hits]
 
     def rate(values: np.ndarray, rows: np.ndarray) -> statistics.Estimate:
-        return statistics.rate(values[rows].astype(float), [clusters[k] for k in np.flatnonzero(rows)], seed=seed)
+        return statistics.rate(values[rows].astype(float), list(compress(clusters, rows)), seed=seed)
 
     for kind in kinds:
         hits, rows = found.hits[kind][:, some], found.rows(kind)
@@ -116,7 +117,7 @@ def figures(
         rows = found.rows("other")
         own, other = statistics.any_of(none)[rows], statistics.any_of(found.hits["other"][rows][:, some])
         scores["compared"] = int(rows.sum())
-        scores["over_other"] = statistics.difference(own, other, [clusters[k] for k in np.flatnonzero(rows)], seed=seed)
+        scores["over_other"] = statistics.difference(own, other, list(compress(clusters, rows)), seed=seed)
         scores["p"] = statistics.mcnemar(int((own & ~other).sum()), int((other & ~own).sum()))
     chosen = statistics.held_out(none, clusters, seed=seed)
     if chosen is not None:
