@@ -346,6 +346,10 @@ def test_self_correction_from_the_command_line(tmp_path: Path, capsys: pytest.Ca
     assert Path(found["page"]).exists()
     for own in found["scores"]["forms"].values():
         assert own["paper"]["n"] == own["paper vanilla"]["n"] == 2
+    assert [row[0] for table in found["tables"] if table["name"] == "The paper's figure" for row in table["rows"]] == [
+        "slot",
+        "query",
+    ]
     names = [run["name"] for run in found["runs"]]
     assert names[:2] == ["two-hop-asked", "multihop"] and set(names) <= {
         *names[:2],

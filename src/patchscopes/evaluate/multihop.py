@@ -411,6 +411,17 @@ def result(
                 tuple(rows),
                 columns,
             ),
+            Table(
+                "The paper's figure",
+                "Share of all questions whose hops are known, a sample of them, that come out right: asked as they are, or by some pair",
+                ("form", "asked as they are", "any of N"),
+                tuple(
+                    (form, tries.share(own["paper vanilla"]), tries.share(own["paper"]))
+                    for form, own in scores.items()
+                    if "paper" in own
+                ),
+                ("asked as they are", "any of N"),
+            ),
         ),
         (
             Bars(
