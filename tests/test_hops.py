@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -13,9 +14,10 @@ import pytest
 
 from patchscopes.core.errors import InputError, NotAvailableError
 from patchscopes.evaluate import back_patching, hop_stages, multihop, tries
-from patchscopes.evaluate.frame import Asked
-from patchscopes.evaluate.hops import COLUMNS, Question, bare, classify, filtered, funnel, questions_of, right
+from patchscopes.evaluate.frame import Asked, Lines, settings_of
+from patchscopes.evaluate.hops import COLUMNS, Outcome, Question, bare, classify, filtered, funnel, questions_of, right, strangers
 from patchscopes.organisms.atlas.facts import world
+from patchscopes.runs import sweep
 
 NEPAL = Question("Mount Everest", ("Nepal",), ("Kathmandu", "Katmandu"), "the country of {}", "The capital of {}")
 PERU = Question("Machu Picchu", ("Peru",), ("Lima",), "the country of {}", "The capital of {}")
@@ -101,6 +103,21 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         questions_of(write(tmp_path / "a.csv", [{k: v for k, v in row().items() if k != "e2_aliases"}]))
     with pytest.raises(InputError, match="no row that can be used"):
         questions_of(write(tmp_path / "b.csv", [row(e1_label="")]))
+    apart = {
+        "subject": "Ann",
+        "bridge": "India",
+        "answers": ["Mumbai"],
+        "prompt1": "Ann was born in",
+        "prompt2": "The capital of India is",
+    }
+    (tmp_path / "d.jsonl").write_text(json.dumps(apart) + "\n")
+    with pytest.raises(
+        InputError, match=r"d\.jsonl asks its two hops apart .*how they are put together; expected a CSV .*r1_template a noun"
+    ):
+        questions_of(tmp_path / "d.jsonl")
+    (tmp_path / "e.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(InputError, match=r"e\.jsonl holds JSON; expected a CSV"):
+        questions_of(tmp_path / "e.jsonl")
     (tmp_path / "c.csv").write_bytes(b"\xff\xfe\x00e1")
     with pytest.raises(InputError):
         questions_of(tmp_path / "c.csv")
@@ -175,6 +192,9 @@ def test_back_patching_is_scored_by_hand() -> None:
         + patched(own, "none", "bridge")
     )
     hits = tries.hits_of(table, (NEPAL, PERU), "last", "paper")
+    assert "other" not in hits.hits  # a control of the viewing, which may be a prompt of the pool
+    strange = pl.DataFrame(patched({("Machu Picchu", 3, 2): "in Kathmandu"}, "none", "last 0"))
+    hits = tries.beside(hits, strange, [("last 0", PERU.text), ("last 0", NEPAL.text)], (NEPAL, PERU), "paper")
     assert hits.pairs == tuple(itertools.product((1, 2, 3), repeat=2))
     assert hits.hits["none"].sum() == 3 and hits.hits["random"].sum() == 0
     scores = back_patching.figures(hits, ["Nepal", "Peru"])
@@ -183,8 +203,76 @@ def test_back_patching_is_scored_by_hand() -> None:
     assert (
         scores["any_of_N other"].value == 0.5 and scores["any_of_N random"].value == 0 and scores["any_of_N forward"].value == 0.5
     )
-    assert scores["p"] == 1.0  # one question each way
+    assert scores["p"] == 1.0 and scores["over_other"].value == 0 and scores["compared"] == 2
     assert "does no better than another's" in back_patching.claim("last", scores)
+
+
+def test_a_stranger_is_another_question_with_another_bridge_and_answer() -> None:
+    def asks(e1: str, e2: str, e3: str, r2: str = "The capital of {}") -> Question:
+        return Question(e1, (e2,), (e3,), "the country of {}", r2)
+
+    everest, annapurna, machu = asks("Everest", "Nepal", "Kathmandu"), asks("Annapurna", "Nepal", "Kathmandu"), PERU
+    moved, money = asks("Nebo", "Nepalia", "Oslo"), asks("Etna", "Italy", "lira", "The currency of {}")
+    home = asks("Kathmandu valley", "Asia", "none")
+    some = [everest, annapurna, machu, moved, money, home]
+    found = strangers(some)
+    assert set(found[:2]) <= {machu} and found[4] is None and found[2] in {everest, annapurna, moved, home}
+    assert strangers(some[::-1]) == found[::-1]  # who it is hangs on no order
+    assert strangers(some, read=[True, True, False, True, True, True])[:3] == [None, None, None]
+
+
+def test_questions_without_a_stranger_are_left_out_of_its_figures_and_told() -> None:
+    own = tries.Hits(((1, 1), (2, 1)), {"none": np.array([[True, False]] * 4), "random": np.zeros((4, 2), bool)})
+    table = pl.DataFrame(patched({("Machu Picchu", 2, 1): "Kathmandu"}, "none", "there"))
+    tried = [("there", PERU.text), None, ("gone", PERU.text), None]
+    found = tries.beside(own, table, tried, [NEPAL] * 4, "paper")
+    assert found.compared is not None and found.compared.tolist() == [
+        True,
+        False,
+        False,
+        False,
+    ]  # one that could not be read is none
+    scores = tries.figures(found, np.ones(2, bool), ["a", "b", "c", "d"])
+    assert (scores["any_of_N other"].value, scores["any_of_N other"].n, scores["compared"]) == (1.0, 1, 1)
+    assert scores["over_other"].value == 0 and scores["any_of_N none"].n == 4
+    assert "for 3 of 4 questions" in tries.alone({"last": found})[0]
+    assert "any_of_N other" not in tries.figures(
+        tries.beside(own, table, [None] * 4, [NEPAL] * 4, "paper"), np.ones(2, bool), "abcd"
+    )
+
+
+def test_a_strangers_state_goes_where_the_own_one_does(tmp_path: Path) -> None:
+    """With the question itself for a stranger the readings are its own ones."""
+    asked, some = Asked(runs=tmp_path), list(questions_of(None).items[:2])
+    back = back_patching.Settings(tokens=2)
+    hop = multihop.Settings(tokens=2, layers="3,6", target_layers="2,5")
+    own, other = (
+        sweep(one, runs=tmp_path)
+        for one in (back_patching._patching(asked, back, some, ()), back_patching._others(asked, back, some, some, ()))
+    )
+    for where in back.positions:
+        said = tries._said(own.table(), {(where, one.text) for one in some})["none"]
+        strange = tries._said(other.table(), {(f"{where} {k}", one.text) for k, one in enumerate(some)})["none"]
+        assert len(said) == 2 * 64 and sorted(said.values()) == sorted(strange.values())
+        for (part, text, a, b), words in strange.items():
+            assert some[int(part.split()[1])].text == text and said[where, text, a, b] == words
+    own, other = (
+        sweep(one, runs=tmp_path)
+        for one in (multihop._patching(asked, hop, some, (), controls=False), multihop._others(asked, hop, some, some, ()))
+    )
+    for form in hop.forms:
+        for k, one in enumerate(some):
+            text = multihop._source(form, one)[0]
+            said = tries._said(own.table(), {(multihop._part(form, one), text)})["none"]
+            strange = tries._said(other.table(), {(multihop._others_part(form, one, k), text)})["none"]
+            assert len(said) == 4 and list(said.values()) == list(strange.values())
+
+
+def test_the_papers_figure_of_self_correction() -> None:
+    """Of all questions whose hops are known; beside it how many are answered as they are."""
+    sample = [Outcome(one, {"composition": answered}) for one, answered in ((NEPAL, False), (PERU, True))]
+    found = multihop.papers(np.array([True, True]), sample)
+    assert (found["paper"].value, found["paper vanilla"].value) == (1.0, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -207,16 +295,20 @@ def test_back_patching_on_atlas_is_recorded_and_instant_again(tmp_path: Path) ->
     asked = Asked(n=90, quick=True, runs=tmp_path)
     settings = back_patching.Settings(positions=("last",), most=3, tokens=4)
     result = back_patching.evaluate(asked, settings)
-    assert len(result.runs) == 2 and result.scores["questions"] == 3
+    assert result.scores["questions"] == 3
     assert result.runs[1].cells == 3 * 64 * 5
-    assert {"any_of_N none", "any_of_N other", "any_of_N random", "any_of_N forward"} <= set(result.scores["places"]["last"])
+    found = result.scores["places"]["last"]
+    assert {"any_of_N none", "any_of_N other", "any_of_N random", "any_of_N forward"} <= set(found)
+    strange = result.runs[2].table(status="ok")
+    assert set(strange["control"]) == {"none"} and strange.height == found["compared"] * 64
+    assert set(strange["prompt_text"]) <= set(result.runs[1].table()["prompt_text"])  # other questions, none of the pool
+    assert found["any_of_N other"].n == found["compared"] and found["any_of_N none"].n == 3
+    assert (found["compared"] < 3) == any("no other question" in one for one in result.caveats)
     assert "most = 3 instead of None" in result.deviations
     json.dumps(result.to_json())
     again = back_patching.evaluate(asked, settings)
     assert [run.id for run in again.runs] == [run.id for run in result.runs]
-    assert [one.name for one in back_patching.plan(asked, settings)] == ["two-hop-asked", "back-patching"]
-    with pytest.raises(InputError, match="unknown position"):
-        back_patching.evaluate(asked, back_patching.Settings(positions=("middle",)))
+    assert [one.name for one in back_patching.plan(asked, settings)] == ["two-hop-asked", "back-patching", "back-patching-others"]
 
 
 def test_self_correction_is_scored_by_hand() -> None:
@@ -251,9 +343,47 @@ def test_self_correction_from_the_command_line(tmp_path: Path, capsys: pytest.Ca
     assert stop.value.code in (0, None)
     found = json.loads(capsys.readouterr().out)
     assert set(found["scores"]["forms"]) == {"slot", "query"} and found["scores"]["failed"] == 2
-    assert Path(found["page"]).exists() and len(found["runs"]) in (2, 3)
-    with pytest.raises(InputError, match="unknown form"):
-        multihop.evaluate(Asked(runs=tmp_path), multihop.Settings(forms=("other",)))
+    assert Path(found["page"]).exists()
+    for own in found["scores"]["forms"].values():
+        assert own["paper"]["n"] == own["paper vanilla"]["n"] == 2
+    assert [row[0] for table in found["tables"] if table["name"] == "The paper's figure" for row in table["rows"]] == [
+        "slot",
+        "query",
+    ]
+    names = [run["name"] for run in found["runs"]]
+    assert names[:2] == ["two-hop-asked", "multihop"] and set(names) <= {
+        *names[:2],
+        "multihop-others",
+        "multihop-kept",
+        "multihop-kept-others",
+        "multihop-answered",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "told"),
+    [
+        ("back-patching", "positions=foo", "unknown positions foo; expected some of bridge, last"),
+        ("back-patching", "positions=", "the setting positions is empty"),
+        ("back-patching", "most=0", "the setting most is 0; expected 1 or more"),
+        ("multihop", "forms=slot,foo", "unknown forms foo; expected some of phrases, slot, query"),
+        ("multihop", "tokens=0", "the setting tokens is 0"),
+        ("hop-stages", "window=-1", "the setting window is -1; expected 0 or more"),
+        ("hop-stages", "most=-2", "the setting most is -2"),
+        ("hop-stages", "describe=a place", "expected {x} where the state goes"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_anything_is_planned(
+    name: str, setting: str, told: str, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    from patchscopes.cli import main
+
+    monkeypatch.setattr("sys.argv", ["patchscopes", "evaluate", name, "--quick", "--dry-run", "--set", setting])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    said = capsys.readouterr()
+    assert told in " ".join(said.err.split()) and not said.out
 
 
 # --------------------------------------------------------------------------------------------------------------------------- stages
@@ -306,8 +436,9 @@ def test_a_knockout_of_a_window_equals_a_full_pass_with_masks(tmp_path: Path) ->
 
 
 def stage_rows() -> list[dict]:
-    def one(part, kind, layer, text, scope="describe", token="", number=0):
-        head = {"prompt_text": NEPAL.text, "part": part, "control": kind, "scope": scope, "source_layer": layer}
+    def one(part, whose, layer, text, scope="describe", token="", number=0):
+        asked = PERU if whose == "other" else NEPAL
+        head = {"prompt_text": asked.text, "part": part, "control": "none", "scope": scope, "source_layer": layer}
         return {**head, "text": text, "next_token": token, "next_token_id": number}
 
     return [
@@ -317,9 +448,9 @@ def stage_rows() -> list[dict]:
         one("bridge", "other", 4, "in Nepal"),
         one("last", "none", 6, ": Nepal"),
         one("last", "none", 7, ": Kathmandu is a city"),
-        one("knock-out", "none", 0, " Kathmandu", "-1", " Kath", 9),
-        one("knock-out", "none", 0, " Katmandu", "0", " Kat", 8),  # right as well: not broken
-        one("knock-out", "none", 0, " Lima", "1", " Lima", 7),
+        one("knock-out -2", "none", 0, " Kathmandu", "-1", " Kath", 9),
+        one("knock-out -2", "none", 0, " Katmandu", "0", " Kat", 8),  # right as well: not broken
+        one("knock-out -2", "none", 0, " Lima", "1", " Lima", 7),
         one("attn_out", "none", 3, "", token=" Nep"),
         one("attn_out", "none", 1, "", token=" K"),
         one("mlp_out", "none", 2, "", number=4),
@@ -329,7 +460,7 @@ def stage_rows() -> list[dict]:
 
 def test_stages_are_found_by_hand() -> None:
     table = pl.DataFrame(stage_rows())
-    found = hop_stages.stages(table, NEPAL, "named")
+    found = hop_stages.stages(table, NEPAL, "named", PERU)
     assert found.broken == (1,)
     assert found.layers == {"first_hop": 3, "propagation": (2 + 4 + 6) / 3, "second_hop": 7, "extraction": 6}
     assert found.null == {"e2 at bridge": (4,), "e2 at last": (), "e3 at last": ()}
@@ -339,7 +470,72 @@ def test_stages_are_found_by_hand() -> None:
     assert set(nothing.layers.values()) == {None}
     scores = hop_stages.summary([found, nothing], [NEPAL, PERU])
     assert scores["first_hop layer"] == 3 and scores["first_hop seen"].value == 0.5
-    assert scores["first_hop seen, another question's state"].value == 0.5
+    null = scores["first_hop seen, another question's state"]
+    assert (null.value, null.n) == (1.0, 1)  # of the one that has a stranger
+    told = hop_stages.result({"failed": [PERU]}, {"failed": [nothing]}, (("asked", 1),), 0)
+    assert (
+        "under another's state" not in " ".join(told.claims)
+        and isinstance(told.figures[0], Lines)
+        and len(told.figures[0].lines) == 3
+    )
+
+
+def test_t1_is_hidden_wherever_it_stands(tmp_path: Path) -> None:
+    """Not only where it is the token before the last; and not where it is part of the last one."""
+    from patchscopes.core.edits import load_edits
+
+    class Words:
+        def tokens(self, text: str) -> Any:
+            return Pieces(text)
+
+    class Pieces(list):
+        def __init__(self, text: str):
+            last = {"Nepal": [" i", "s"], "Peru": [" is"]}.get(text.split()[-2], [])
+            super().__init__([*text.removesuffix(" is").split(), *last])
+
+        def position(self, piece: str) -> int:
+            return max(k for k, word in enumerate(self) if word == piece.split()[-1])
+
+    some = [Question("a", ("b",), ("c",), f"the {place} of x in {place}", "The r of {}") for place in ("Nepal", "Peru", "Chad")]
+    found = hop_stages.from_the_end(Words(), some)  # type: ignore[arg-type]
+    assert found == {3: [some[0].text], 2: [some[1].text]}
+    for back in (2, 3):
+        paths = [one["edits"] for one in hop_stages.knock_outs(2, 0, 1, tmp_path, back) if "edits" in one]
+        assert {edit.keys for path in paths for edit in load_edits(path)} == {-back}
+
+
+def test_the_phrase_is_the_last_thing_before_is(tmp_path: Path) -> None:
+    """What does not end so is counted, in both experiments that need it."""
+    rows = [row(), row(e1_label="Tenet", r2_template="{} has a spouse who")]
+    data = write(tmp_path / "two_hop.csv", rows)
+    for module in (multihop, hop_stages):
+        questions, notes, _ = module._questions(Asked(data=data))
+        assert len(questions) == 1 and any(one.startswith("1 questions were left out") for one in notes)
+    write(data, rows[1:])
+    for module in (multihop, hop_stages):
+        with pytest.raises(InputError, match="no question whose second relation ends in its slot"):
+            module._questions(Asked(data=data))
+
+
+def test_a_form_keeps_the_questions_whose_part_is_there() -> None:
+    other = Question("Machu Picchu", ("Peru",), ("sol",), "the country of {}", "The currency of {}")
+    head = {"prompt_text": other.phrase, "part": "slot: The currency of", "control": "none", "source_layer": 1}
+    table = pl.DataFrame([{**head, "target_layer": 1, "text": "the sol"}])
+    found = multihop._hits(table, ("phrases", "slot"), [NEPAL, other], "paper")
+    assert list(found) == ["slot"] and found["slot"].hits["none"].tolist() == [[False], [True]]
+
+
+def test_draws_of_descriptions() -> None:
+    asked = Asked(quick=True)
+    settings = hop_stages.Settings(draws=3, temperature=1.0, most=1)
+    plan = hop_stages.plan(asked, settings)[1]
+    assert {part.name: part.draws for part in plan.split() if part.draws > 1} == {"bridge": 3, "last": 3}
+    with pytest.raises(InputError, match="3 draws at temperature 0"):
+        hop_stages.Settings(draws=3)
+    _, told = settings_of(hop_stages.Settings(), asked)
+    assert {"test = 'named' instead of 'paper'", "draws = 1 instead of 3"} <= set(told)
+    _, told = settings_of(hop_stages.Settings(test="paper", draws=3, temperature=1.0), asked)
+    assert not told
 
 
 def test_a_token_begins_a_name() -> None:
@@ -352,7 +548,7 @@ def test_a_token_begins_a_name() -> None:
 
 def test_stages_of_atlas(tmp_path: Path) -> None:
     asked = Asked(n=90, quick=True, runs=tmp_path)
-    result = hop_stages.evaluate(asked, hop_stages.Settings(most=2, tokens=6))
+    result = hop_stages.evaluate(asked, hop_stages.Settings(most=2, tokens=4, draws=2, temperature=1.0))
     assert set(result.scores["groups"]) == {"answered", "failed"} and len(result.runs) == 2
     assert result.runs[1].counts["failed"] == 0
     json.dumps(result.to_json())

@@ -57,7 +57,8 @@ def evaluate(
         Path | None,
         typer.Option(
             "--data",
-            help="A file or folder in a public format (attribute TSVs, LRE, PopQA, two-hop CSVs, words, texts). Default: what the bundled model knows.",
+            help="A file or folder in a public format (attribute TSVs, LRE, PopQA, two-hop CSVs, words, texts). "
+            "Default: what the bundled model knows.",
             show_default=False,
         ),
     ] = None,

@@ -5,8 +5,9 @@ phrase ("bridge"), or of the last token, replaces that at layer ℓ* of the same
 if some pair says the answer (Biran et al. 2024, section 6).
 
 That is the best of N = L(L−1)/2 tries. The paper compares it with nothing; here the same N tries are made with random vectors of
-the same norm, with other questions' states at the same place and layers, with their mean, and forward (ℓ < ℓ*). Beside it stand
-the rate of one try, and one pair (ℓ, ℓ*) chosen on half of the bridge entities and scored on the other half.
+the same norm, with the state of another question that fails, of the same second relation but with another bridge and answer, at the
+same place and layers, with the mean of other prompts, and forward (ℓ < ℓ*). Beside it stand the rate of one try, and one pair (ℓ, ℓ*)
+chosen on half of the bridge entities and scored on the other half.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ import numpy as np
 from patchscopes.core.errors import InputError
 from patchscopes.evaluate import statistics, tries
 from patchscopes.evaluate.frame import Asked, Bars, Result, Table, caveats_of, ours, recorded, settings_of
-from patchscopes.evaluate.hops import Question, asking, filtered, funnel, questions_of, said
+from patchscopes.evaluate.hops import Question, asking, at_least, filtered, funnel, questions_of, said, some_of, strangers
 from patchscopes.evaluate.tries import KINDS, Hits, hits_of
 from patchscopes.experiment.spec import Experiment
 
 TITLE = "Back-patching"
 PAPER = "Biran et al. 2024, Hopping Too Late, section 6"
 N, QUICK_N, MOST, QUICK_MOST = 1200, 240, 64, 12
+PLACES = ("bridge", "last")
 
 
 @dataclass(frozen=True)
@@ -40,22 +42,29 @@ class Settings:
     """
 
     tokens: int = 10
-    positions: tuple[str, ...] = ("bridge", "last")
+    positions: tuple[str, ...] = PLACES
     test: Literal["paper", "words"] = "paper"
     most: int | None = ours(None)
+
+    def __post_init__(self) -> None:
+        some_of("positions", self.positions, PLACES)
+        some_of("test", (self.test,), ("paper", "words"))
+        at_least("tokens", self.tokens, 1)
+        at_least("most", self.most, 1)
 
 
 def plan(asked: Asked, settings: Settings) -> list[Experiment]:
     """What will be run: the questions in all forms, and as many failed ones as there may be."""
     questions, _, stop = _questions(asked)
-    return [_asking(asked, settings, questions, stop), _patching(asked, settings, questions[: _most(asked, settings)], stop)]
+    some = questions[: _most(asked, settings)]
+    found = [_asking(asked, settings, questions, stop), _patching(asked, settings, some, stop)]
+    others = strangers(some, asked.seed)
+    return [*found, _others(asked, settings, some, others, stop)] if any(others) else found
 
 
 def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
     """The figures of the module's docstring."""
     settings = settings or Settings()
-    if unknown := sorted(set(settings.positions) - {"bridge", "last"}):
-        raise InputError(f"unknown position {', '.join(unknown)}; expected bridge, last or both")
     questions, notes, stop = _questions(asked)
     first = recorded(asked, _asking(asked, settings, questions, stop))
     outcomes = filtered(questions, said(first), settings.test)
@@ -69,6 +78,16 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
     table = second.table(status="ok")
     found = {where: hits_of(table, chosen, where, settings.test) for where in settings.positions}
     strict = {where: hits_of(table, chosen, where, "words") for where in settings.positions}
+    runs = [first, second]
+    read = tries.read(table, [[(where, one.text) for where in settings.positions] for one in chosen])
+    others = strangers(chosen, asked.seed, read)
+    if any(others):
+        runs.append(recorded(asked, _others(asked, settings, chosen, others, stop)))
+        table = runs[-1].table(status="ok")
+        for where in settings.positions:
+            tried = [None if other is None else (f"{where} {k}", other.text) for k, other in enumerate(others)]
+            found[where] = tries.beside(found[where], table, tried, chosen, settings.test)
+            strict[where] = tries.beside(strict[where], table, tried, chosen, "words")
     own, deviations = settings_of(settings, asked)
     return result(
         chosen,
@@ -78,8 +97,8 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
         asked.seed,
         settings=own,
         deviations=deviations,
-        caveats=(*notes, *caveats_of([first, second])),
-        runs=(first, second),
+        caveats=(*notes, *tries.alone(found), *caveats_of(runs)),
+        runs=tuple(runs),
     )
 
 
@@ -102,8 +121,11 @@ def _asking(asked: Asked, settings: Settings, questions: Sequence[Question], sto
     return asking(asked, "two-hop-asked", texts, tokens=settings.tokens, stop=stop)
 
 
+def _at(where: str, question: Question) -> str | int:
+    return question.phrase if where == "bridge" else -1
+
+
 def _patching(asked: Asked, settings: Settings, questions: Sequence[Question], stop: Sequence[str]) -> Experiment:
-    places = {"bridge": lambda q: q.phrase, "last": lambda q: -1}
     texts = {one.text: one for one in questions}
     return Experiment.model_validate(
         {
@@ -116,8 +138,35 @@ def _patching(asked: Asked, settings: Settings, questions: Sequence[Question], s
             "seed": asked.seed,
             "on_bad_prompt": "skip",
             "parts": [
-                {"name": where, "prompts": [{"text": text, "at": places[where](one)} for text, one in texts.items()]}
+                {"name": where, "prompts": [{"text": text, "at": _at(where, one)} for text, one in texts.items()]}
                 for where in settings.positions
+            ],
+        }
+    )
+
+
+def _others(
+    asked: Asked, settings: Settings, questions: Sequence[Question], others: Sequence[Question | None], stop: Sequence[str]
+) -> Experiment:
+    """Of every question a part "<place> <k>": the stranger's state, written into this question at the same place, by the same pairs."""
+    return Experiment.model_validate(
+        {
+            "name": "back-patching-others",
+            "model": dict(asked.model) if not isinstance(asked.model, str) else asked.model,
+            "layers": "1:",
+            "stop": list(stop),
+            "controls": False,
+            "seed": asked.seed,
+            "on_bad_prompt": "skip",
+            "parts": [
+                {
+                    "name": f"{where} {k}",
+                    "prompts": [{"text": other.text, "at": _at(where, other)}],
+                    "scope": {"prompt": one.text, "at": _at(where, one), "layer": "1:", "tokens": settings.tokens},
+                }
+                for where in settings.positions
+                for k, (one, other) in enumerate(zip(questions, others, strict=True))
+                if other is not None
             ],
         }
     )
@@ -145,14 +194,14 @@ def claim(where: str, scores: dict[str, Any]) -> str:
     told = f"Back-patching {place}: some one of {scores['n_tries']} pairs corrects {own} of the failed questions"
     if other is None:
         return f"{told}; no other question's state was there to compare with."
-    told += f"; as many tries with other questions' states correct {other}, with random vectors {scores['any_of_N random']}, "
+    told += f"; as many tries with another question's state correct {other}, with random vectors {scores['any_of_N random']}, "
     told += f"forward patches {scores['any_of_N forward']}. One try corrects {scores['per_try none']}, another's state "
     told += f"{scores['per_try other']}. "
     p = scores["p"]
     if p >= 0.05:
         told += f"The question's own state does no better than another's (McNemar p = {p:.2g}): "
         return told + "that its first hop came too late is not shown."
-    if own.value > other.value:
+    if scores["over_other"].value > 0:
         return told + f"The question's own state does better than another's (McNemar p = {p:.2g})."
     return told + f"Another question's state does better than the question's own (McNemar p = {p:.2g})."
 

@@ -8,10 +8,12 @@
 
 Descriptions come from the entity-description prompt of the paper over all (ℓ, ℓ*); outputs are decoded by the logit lens; attention is
 knocked out in windows of 2k + 1 blocks. Blocks b are reported as layers b + 1. The lowest of many layers is reached by chance, too:
-beside each stage of descriptions stands how often as many tries with another question's state name the same entity.
+beside each stage of descriptions stands how often as many tries with another question's state (of those read; the same second relation,
+another bridge and answer) name the same entity.
 
-Otherwise than published: greedy, not three samples; hidden from the last token in the prompt only (published for "last"); an output decodes
-to a name if the token begins it, two letters at least.
+Otherwise than published: a name counts anywhere in a description (test="paper": by the published patterns); greedy, not three samples
+(draws=3, temperature=…); hidden from the last token in the prompt only (published for "last"); an output decodes to a name if the token
+begins it, two letters at least.
 """
 
 from __future__ import annotations
@@ -22,14 +24,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from patchscopes.core.errors import InputError
-from patchscopes.evaluate import scoring, statistics
+from patchscopes.core.errors import InputError, PositionError, PromptError
+from patchscopes.core.names import SLOT
+from patchscopes.evaluate import scoring, statistics, tries
 from patchscopes.evaluate.frame import Asked, Line, Lines, Result, Table, caveats_of, ours, paper, recorded, settings_of
-from patchscopes.evaluate.hops import Question, asking, classify, filtered, funnel, questions_of, right, said
+from patchscopes.evaluate.hops import (
+    Question,
+    asking,
+    at_least,
+    classify,
+    ending_in_slot,
+    filtered,
+    funnel,
+    questions_of,
+    right,
+    said,
+    some_of,
+    strangers,
+)
 from patchscopes.experiment.spec import Experiment
 
 if TYPE_CHECKING:
     import polars as pl
+
+    from patchscopes.model import Model
 
 TITLE = "Stages of two hops"
 PAPER = "Biran et al. 2024, Hopping Too Late, sections 4 and 5"
@@ -40,15 +58,19 @@ DESCRIBE = (
 )
 STAGES = ("first_hop", "propagation", "second_hop", "extraction")
 
+EVERYWHERE = "Attention to t1 is hidden in the prompt only; an output decodes to a name if its token begins the name."
+
 
 @dataclass(frozen=True)
 class Settings:
-    """Every choice, as in the paper.
+    """Every choice, as in the paper but for test and draws.
 
     tokens      said at most
     window      k: blocks on either side of a knockout's centre
     describe    the entity-description prompt
     test        how a description names an entity: "named", as whole words anywhere; "paper", by the published patterns
+    draws       descriptions of each state; a name in one of them counts
+    temperature 0: greedy, one draw
     most        failed questions, and as many answered ones, at most
     """
 
@@ -56,17 +78,31 @@ class Settings:
     window: int = 3
     describe: str = DESCRIBE
     test: Literal["named", "paper"] = paper("named", "paper")
+    draws: int = paper(1, 3)
+    temperature: float = ours(0.0)
     most: int | None = ours(None)
+
+    def __post_init__(self) -> None:
+        some_of("test", (self.test,), ("named", "paper"))
+        at_least("tokens", self.tokens, 1)
+        at_least("window", self.window, 0)
+        at_least("draws", self.draws, 1)
+        at_least("temperature", self.temperature, 0)
+        at_least("most", self.most, 1)
+        if self.draws > 1 and self.temperature == 0:
+            raise InputError(f"{self.draws} draws at temperature 0 would all be the same; expected a temperature above 0, too")
+        if SLOT not in self.describe:
+            raise InputError(f"the setting describe is {self.describe!r}; expected {SLOT} where the state goes")
 
 
 @dataclass(frozen=True)
 class Found:
-    """Of one question: layers of each stage, None where it is not seen; `null`: whether e2 at t1 and e3 at the last token were named under
-    another question's states, in as many tries; `broken`: centres around which hiding t1 changed the answer."""
+    """Of one question: layers of each stage, None where it is not seen; `null`: layers at which another question's states named its e2 and
+    e3, in as many tries, None if there is no such question; `broken`: centres around which hiding t1 changed the answer."""
 
     layers: Mapping[str, float | None]
     named: Mapping[str, tuple[int, ...]]
-    null: Mapping[str, tuple[int, ...]]
+    null: Mapping[str, tuple[int, ...]] | None
     broken: tuple[int, ...]
 
 
@@ -93,7 +129,19 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
         raise InputError(f"none of {len(questions):,} questions has two known hops and no shortcut; give more questions (--n)")
     second = recorded(asked, _staging(asked, settings, everyone, stop))
     table = second.table(status="ok")
-    found = {name: [stages(table, question, settings.test) for question in some] for name, some in groups.items()}
+    read = tries.read(table, [[(place, one.text) for place in ("bridge", "last")] for one in everyone])
+    other = dict(zip(everyone, strangers(everyone, asked.seed, read), strict=True))
+    found = {name: [stages(table, one, settings.test, other[one]) for one in some] for name, some in groups.items()}
+    if lacking := sum(one is None for one in other.values()):
+        notes.append(
+            f"for {lacking:,} of {len(everyone):,} questions no other question of the same second relation, with another bridge and "
+            "another answer, was there; the figures of another question's state are without them"
+        )
+    hidden = set(table.filter(table["part"].str.starts_with("knock-out"))["prompt_text"])
+    if unhidden := sum(one.text not in hidden for one in everyone):
+        notes.append(
+            f"of {unhidden:,} of {len(everyone):,} questions t1 could not be hidden: it is not a token before the last one"
+        )
     own, deviations = settings_of(settings, asked)
     return result(
         groups,
@@ -101,7 +149,7 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
         funnel(outcomes),
         asked.seed,
         settings=own,
-        deviations=(*deviations, "Greedy descriptions, not three samples; see the module for the rest."),
+        deviations=(*deviations, EVERYWHERE),
         caveats=(*notes, *caveats_of([first, second])),
         runs=(first, second),
     )
@@ -113,8 +161,8 @@ def _most(asked: Asked, settings: Settings) -> int:
 
 def _questions(asked: Asked) -> tuple[list[Question], list[str], tuple[str, ...]]:
     """A sample, drawn by the seed, of questions whose phrase stands right before the last token."""
-    data = questions_of(asked.data)
-    items = [one for one in data.items if one.second is not None]
+    data = ending_in_slot(questions_of(asked.data))
+    items = list(data.items)
     random.Random(asked.seed).shuffle(items)
     return items[: asked.items(N, QUICK_N)], list(data.notes), data.stop
 
@@ -133,27 +181,31 @@ def _staging(asked: Asked, settings: Settings, questions: Sequence[Question], st
         "layers": "1:",
         "scope": [{"name": "describe", "prompt": settings.describe, "layer": "1:", "tokens": settings.tokens}],
         "stop": ["\n"],
-        "controls": True,
+        "draws": settings.draws,
+        "temperature": settings.temperature,
     }
-    lens = {"prompts": last, "layers": "all", "scope": ["logit-lens"], "controls": False}
+    lens = {"prompts": last, "layers": "all", "scope": ["logit-lens"]}
+    model = _model(asked)
     return Experiment.model_validate(
         {
             "name": "hop-stages",
             "model": dict(asked.model) if not isinstance(asked.model, str) else asked.model,
-            "evidence": False,
+            "controls": False,
             "seed": asked.seed,
             "on_bad_prompt": "skip",
             "parts": [
                 {"name": "bridge", "prompts": bridge, **described},
                 {"name": "last", "prompts": last, **described},
-                {
-                    "name": "knock-out",
-                    "prompts": last,
-                    "layers": [0],
-                    "scope": knock_outs(_blocks(asked), settings.window, settings.tokens, asked.runs / "edits"),
-                    "stop": list(stop),
-                    "controls": False,
-                },
+                *(
+                    {
+                        "name": f"knock-out {-back}",
+                        "prompts": [{"text": text, "at": -1} for text in some],
+                        "layers": [0],
+                        "scope": knock_outs(model.n_layers, settings.window, settings.tokens, asked.runs / "edits", back),
+                        "stop": list(stop),
+                    }
+                    for back, some in from_the_end(model, list(texts.values())).items()
+                ),
                 {"name": "attn_out", "site": "attn_out", **lens},
                 {"name": "mlp_out", "site": "mlp_out", **lens},
             ],
@@ -161,12 +213,28 @@ def _staging(asked: Asked, settings: Settings, questions: Sequence[Question], st
     )
 
 
-def _blocks(asked: Asked) -> int:
+def _model(asked: Asked) -> Model:
+    """With its tokens and its number of blocks; weights are not needed."""
     if asked.models:
-        return next(iter(asked.models.values())).n_layers
+        return next(iter(asked.models.values()))
     from patchscopes.runs.conditions import outline_spec
 
-    return outline_spec(asked.spec, "cpu").n_layers
+    return outline_spec(asked.spec, "cpu")
+
+
+def from_the_end(model: Model, questions: Sequence[Question]) -> dict[int, list[str]]:
+    """The questions' texts by how many tokens from the end t1 stands, the last one counted: 2 where " is" is one token. Those that cannot
+    be read, of which the run tells, and those whose t1 is part of the last token, which is not hidden from itself, are not there."""
+    found: dict[int, list[str]] = {}
+    for one in questions:
+        try:
+            tokens = model.tokens(one.text)
+            back = len(tokens) - tokens.position(one.phrase)
+        except (PromptError, PositionError):
+            continue
+        if back > 1:
+            found.setdefault(back, []).append(one.text)
+    return found
 
 
 def windows(blocks: int, k: int) -> list[tuple[int, int]]:
@@ -174,17 +242,18 @@ def windows(blocks: int, k: int) -> list[tuple[int, int]]:
     return [(max(0, c - k), min(blocks - 1, c + k)) for c in range(blocks)]
 
 
-def knock_outs(blocks: int, k: int, tokens: int, folder: Path) -> list[dict[str, Any]]:
-    """Scopes of T = S that hide the token before the last from the last one, in a window around each block, and one that hides nothing
-    ("-1"). The state at layer 0 is written onto itself, which no knockout touches. Edits are saved in `folder`."""
+def knock_outs(blocks: int, k: int, tokens: int, folder: Path, back: int = 2) -> list[dict[str, Any]]:
+    """Scopes of T = S that hide the token `back` from the end (2: the one before the last) from the last one, in a window around each
+    block, and one that hides nothing ("-1"). The state at layer 0 is written onto itself, which no knockout touches. Edits are saved in
+    `folder`."""
     from patchscopes.core.edits import knock_out, save_edits
     from patchscopes.core.files import make_folder
 
     make_folder(folder)
     scopes: list[dict[str, Any]] = [{"name": "-1", "preset": "back-patch", "layer": 0, "tokens": tokens}]
     for c, (first, last) in enumerate(windows(blocks, k)):
-        path = folder / f"knock-out-{first}-{last}.safetensors"
-        save_edits(str(path), knock_out(f"{first}:{last + 1}", -1, -2))
+        path = folder / f"knock-out-{back}-{first}-{last}.safetensors"
+        save_edits(str(path), knock_out(f"{first}:{last + 1}", -1, -back))
         scopes.append({"name": str(c), "preset": "back-patch", "layer": 0, "tokens": tokens, "edits": str(path)})
     return scopes
 
@@ -192,19 +261,25 @@ def knock_outs(blocks: int, k: int, tokens: int, folder: Path) -> list[dict[str,
 # ---------------------------------------------------------------------------------------------------------------------------- scoring
 
 
-def stages(table: pl.DataFrame, question: Question, test: str) -> Found:
-    """The stages of one question, of the run's table."""
+def stages(table: pl.DataFrame, question: Question, test: str, other: Question | None = None) -> Found:
+    """The stages of one question, of the run's table. other: the question whose states are held against this one's entities."""
     rows = table.filter(table["prompt_text"] == question.text)
     named = {
-        f"{which} at {place}": _described(rows, place, which, question, test, "none")
+        f"{which} at {place}": _described(rows, place, which, question, test)
         for place, which in (("bridge", "e2"), ("last", "e2"), ("last", "e3"))
     }
-    null = {
-        f"{which} at {place}": _described(rows, place, which, question, test, "other")
-        for place, which in (("bridge", "e2"), ("last", "e2"), ("last", "e3"))
-    }
+    null = None
+    if other is not None:
+        theirs = table.filter(table["prompt_text"] == other.text)
+        null = {
+            f"{which} at {place}": _described(theirs, place, which, question, test)
+            for place, which in (("bridge", "e2"), ("last", "e2"), ("last", "e3"))
+        }
     answers = {
-        int(c): (text, token) for c, text, token in _of(rows, "knock-out").select("scope", "text", "next_token_id").iter_rows()
+        int(c): (text, token)
+        for c, text, token in rows.filter(rows["part"].str.starts_with("knock-out"))
+        .select("scope", "text", "next_token_id")
+        .iter_rows()
     }
     plain, token = answers.get(-1, ("", -1))
     broken = tuple(
@@ -238,13 +313,13 @@ def begins(token: str, names: Sequence[str]) -> bool:
 
 
 def _of(rows: pl.DataFrame, part: str) -> pl.DataFrame:
-    return rows.filter((rows["part"] == part) & (rows["control"] == "none"))
+    return rows.filter(rows["part"] == part)
 
 
-def _described(rows: pl.DataFrame, place: str, which: str, question: Question, test: str, kind: str) -> tuple[int, ...]:
+def _described(rows: pl.DataFrame, place: str, which: str, question: Question, test: str) -> tuple[int, ...]:
     """Source layers at which some target layer's description names the entity."""
     names = question.e2 if which == "e2" else question.e3
-    some = rows.filter((rows["part"] == place) & (rows["control"] == kind)).select("source_layer", "text")
+    some = _of(rows, place).select("source_layer", "text")
     hit = (lambda text: classify(text, question) == which) if test == "paper" else (lambda text: scoring.names(text, names))
     return tuple(sorted({layer for layer, text in some.iter_rows() if hit(text)}))
 
@@ -266,7 +341,9 @@ def summary(found: Sequence[Found], questions: Sequence[Question], seed: int = 0
             scores[f"{stage} layer"] = sum(layer for layer, _ in seen if layer is not None) / len(seen)
     for stage, key in (("first_hop", "e2 at bridge"), ("second_hop", "e3 at last")):
         scores[f"{stage} seen, another question's state"] = statistics.rate(
-            [float(bool(one.null[key])) for one in found], clusters, seed=seed
+            [float(bool(one.null[key])) for one in found if one.null is not None],
+            [cluster for one, cluster in zip(found, clusters, strict=True) if one.null is not None],
+            seed=seed,
         )
     return scores
 
@@ -286,14 +363,19 @@ def result(
         told = ", ".join(f"{stage.replace('_', ' ')} {'nowhere' if x is None else f'{x:.1f}'}" for stage, x in layers.items())
         claims.append(f"{name}: mean lowest layer of {told}.")
         other = own["first_hop seen, another question's state"]
-        claims.append(
-            f"{name}: the bridge is named at t1 at some layer in {own['first_hop seen']}, under another's state in {other}."
-        )
+        told = f"{name}: the bridge is named at t1 at some layer in {own['first_hop seen']}"
+        claims.append(f"{told}, under another's state in {other}." if other.n else f"{told}.")
         for stage in STAGES:
             headline[f"{name}: {stage.replace('_', ' ')} seen"] = own[f"{stage} seen"]
             null = own.get(f"{stage} seen, another question's state")
             rows.append(
-                (name, stage.replace("_", " "), layers[stage], own[f"{stage} seen"].value, None if null is None else null.value)
+                (
+                    name,
+                    stage.replace("_", " "),
+                    layers[stage],
+                    own[f"{stage} seen"].value,
+                    null.value if null is not None and null.n else None,
+                )
             )
     return Result(
         "hop-stages",
@@ -318,12 +400,14 @@ def result(
 
 
 def _curve(name: str, found: Sequence[Found]) -> Lines:
-    layers = sorted({layer for one in found for some in (*one.named.values(), *one.null.values()) for layer in some} | {1})
+    own, null = [one.named for one in found], [one.null for one in found if one.null is not None]
+    layers = sorted({layer for one in (*own, *null) for some in one.values() for layer in some} | {1})
     x = tuple(map(float, layers))
 
-    def share(kind: str, key: str) -> tuple[float, ...]:
-        return tuple(sum(layer in getattr(one, kind)[key] for one in found) / len(found) for layer in layers)
+    def share(some: Sequence[Mapping[str, tuple[int, ...]]], key: str) -> tuple[float, ...]:
+        return tuple(sum(layer in one[key] for one in some) / len(some) for layer in layers)
 
-    lines = [Line(key, x, share("named", key)) for key in ("e2 at bridge", "e2 at last", "e3 at last")]
-    lines += [Line(f"{key}, another's state", x, share("null", key), dashed=True) for key in ("e2 at bridge", "e3 at last")]
+    lines = [Line(key, x, share(own, key)) for key in ("e2 at bridge", "e2 at last", "e3 at last")]
+    if null:
+        lines += [Line(f"{key}, another's state", x, share(null, key), dashed=True) for key in ("e2 at bridge", "e3 at last")]
     return Lines(f"stages-{name}", f"{name}: entities named, by source layer", "source layer ℓ", "share", tuple(lines), (0, 1.03))

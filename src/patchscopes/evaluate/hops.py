@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import ast
 import csv
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from patchscopes.runs import Run
 
 FILTERS = ("first_hop", "second_hop", "composition", "entity_shortcut", "relation_shortcut")
+SINGLE_HOPS = ("prompt1", "prompt2")  # of two-hop items whose hops are asked apart, one JSON object a line
 COLUMNS = ("e1_label", "e2_label", "e3_label", "e2_aliases", "e3_aliases", "r1_template", "r2_template")
 
 
@@ -108,6 +110,18 @@ def questions_of(path: Path | None) -> Questions:
     return _planted() if path is None else _of_csv(path)
 
 
+def ending_in_slot(data: Questions) -> Questions:
+    """Those whose second relation ends in its slot, so that the first hop's phrase is the last thing before " is"; the others are counted
+    in a note. InputError if none does."""
+    items = tuple(one for one in data.items if one.second is not None)
+    if not items:
+        raise InputError(f"{data.name} has no question whose second relation ends in its slot")
+    if items == data.items:
+        return data
+    note = f"{len(data.items) - len(items):,} questions were left out: their second relation does not end in its slot"
+    return replace(data, items=items, notes=(*data.notes, note))
+
+
 def _planted() -> Questions:
     from patchscopes.organisms.atlas.facts import world
 
@@ -124,6 +138,10 @@ def _of_csv(path: Path) -> Questions:
         raise NotAvailableError(f"there is no file {str(path)!r}; expected two-hop questions as CSV")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
+            first = file.readline()
+            if first.lstrip().startswith("{"):
+                raise InputError(_no_csv(path.name, first))
+            file.seek(0)
             rows = csv.DictReader(file)
             missing = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
             if missing:
@@ -141,6 +159,18 @@ def _of_csv(path: Path) -> Questions:
         f"{reasons.count(why):,} of {len(read):,} rows of {path.name} were left out: {why}" for why in dict.fromkeys(reasons)
     )
     return Questions(path.name, tuple(dict.fromkeys(found)), ("\n",), notes)
+
+
+def _no_csv(name: str, line: str) -> str:
+    """What to say of JSON lines. Items that ask both hops apart ("Ann was born in the country of", "The largest city in India is") do not
+    say how the first one is named inside the second ("the country that Ann was born in"), and it is not guessed."""
+    expected = f"expected a CSV of two-hop questions with {', '.join(COLUMNS)}"
+    if all(f'"{field}"' in line for field in SINGLE_HOPS):
+        return (
+            f"{name} asks its two hops apart ({', '.join(SINGLE_HOPS)}) and does not say how they are put together; {expected}: "
+            'r1_template a noun phrase such as "the birth country of {}", r2_template what goes around it, such as "The largest city in {}"'
+        )
+    return f"{name} holds JSON; {expected}"
 
 
 def _question(row: Mapping[str, Any]) -> Question | str:
@@ -163,6 +193,23 @@ def _question(row: Mapping[str, Any]) -> Question | str:
     found = Question(values["e1_label"], names["e2"], names["e3"], values["r1_template"], values["r2_template"])
     said = row.get("source_prompt")
     return found if said in (None, "", found.text) else "its prompt is not that of its templates"
+
+
+# -------------------------------------------------------------------------------------------------------------------------- settings
+
+
+def at_least(name: str, value: float | None, least: float) -> None:
+    """InputError if a setting that was given is below `least`."""
+    if value is not None and value < least:
+        raise InputError(f"the setting {name} is {value}; expected {least} or more")
+
+
+def some_of(name: str, values: Sequence[str], known: Sequence[str]) -> None:
+    """InputError if a setting has none of the known values, or another."""
+    if unknown := [value for value in values if value not in known]:
+        raise InputError(f"unknown {name} {', '.join(unknown)}; expected some of {', '.join(known)}")
+    if not values:
+        raise InputError(f"the setting {name} is empty; expected some of {', '.join(known)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- asking
@@ -252,6 +299,32 @@ def funnel(outcomes: Sequence[Outcome]) -> tuple[tuple[str, int], ...]:
     found.append(("of these: question answered", sum(bool(o.passed["composition"]) for o in left)))
     found.append(("of these: question failed", sum(not o.passed["composition"] for o in left)))
     return tuple(found)
+
+
+def strangers(questions: Sequence[Question], seed: int = 0, read: Sequence[bool] | None = None) -> list[Question | None]:
+    """For every question another of them, whose state can be held against the question's answer (a shuffled control); None where there
+    is none. It has the same second relation, so that its bridge is of the same kind, and neither its entity nor a name of its bridge or
+    answer contains a name of the question's. read: which of them the model can read at all; only these have a stranger and are one.
+    Which one it is hangs on the seed and the two texts alone."""
+
+    def drawn(question: Question, other: Question) -> bytes:
+        return hashlib.sha256(f"{seed} stranger {question.text} {other.text}".encode()).digest()
+
+    of_second: dict[str, list[Question]] = {}
+    for k, one in enumerate(questions):
+        if read is None or read[k]:
+            of_second.setdefault(one.r2, []).append(one)
+    found: list[Question | None] = []
+    for k, question in enumerate(questions):
+        others = [one for one in of_second.get(question.r2, ()) if _strange(question, one)] if read is None or read[k] else []
+        found.append(min(others, key=lambda one: drawn(question, one)) if others else None)
+    return found
+
+
+def _strange(question: Question, other: Question) -> bool:
+    mine = [name.lower() for name in (*question.e2, *question.e3)]
+    theirs = [name.lower() for name in (other.e1, *other.e2, *other.e3)]
+    return not any(name == own or (len(name) > 1 and name in own) for name in mine for own in theirs)
 
 
 # --------------------------------------------------------------------------------------------------------------------- descriptions

@@ -7,9 +7,11 @@ the second hop's, for all ℓ and ℓ*; a question is corrected if some pair say
     slot      S = π1, T = π2 as a sentence with x in the first hop's place ("The capital of x is"), i* = x
     query     T = S = [π2][π1], i its last token, i* the token before π1: the paper's other form
 
-The paper's 50 % is the best of 1,600 pairs, beside one try of the question. Here the failed and the answered questions are kept apart, and
-beside the best of N stand as many tries with other questions' states and with random vectors, and one pair that was chosen on half of
-the bridge entities: how many failed questions it corrects, and how many answered ones it keeps.
+The paper's 50 % is the share of all questions with known hops, answered ones among them, for which some one of 1,600 pairs says the
+answer; beside it stands one try of the question. That figure is given here, too, over a sample of such questions and this model's
+pairs. In the others the failed and the answered questions are kept apart, and beside the best of N stand as many tries with the state
+of another question of the sample (of the same second relation, with another bridge and answer) and with random vectors, and one pair
+that was chosen on half of the bridge entities: how many failed questions it corrects, and how many answered ones it keeps.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -24,11 +27,26 @@ import numpy as np
 from patchscopes.core.errors import InputError
 from patchscopes.evaluate import statistics, tries
 from patchscopes.evaluate.frame import Asked, Bars, Result, Table, caveats_of, ours, paper, recorded, settings_of
-from patchscopes.evaluate.hops import Outcome, Question, asking, filtered, funnel, questions_of, right, said
+from patchscopes.evaluate.hops import (
+    Outcome,
+    Question,
+    asking,
+    at_least,
+    ending_in_slot,
+    filtered,
+    funnel,
+    questions_of,
+    right,
+    said,
+    some_of,
+    strangers,
+)
 from patchscopes.evaluate.tries import KINDS, Hits
 from patchscopes.experiment.spec import Experiment
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from patchscopes.runs import Run
 
 TITLE = "Multi-hop self-correction"
@@ -36,6 +54,10 @@ PAPER = "Ghandeharioun et al. 2024, Patchscopes, section 5 and appendix F"
 N, QUICK_N, MOST, QUICK_MOST = 800, 240, 48, 8
 STEP_BY_STEP = "Let's think step by step. "
 FORMS = ("phrases", "slot", "query")
+DIFFERENT = (
+    "The questions are not those of the paper, whose file is not published.",
+    "The paper's figure is taken over a sample (`most`) of the questions whose hops are known, and with this model's pairs, not 1,600.",
+)
 
 
 @dataclass(frozen=True)
@@ -58,21 +80,29 @@ class Settings:
     most: int | None = ours(None)
     shortcuts: bool = True
 
+    def __post_init__(self) -> None:
+        some_of("forms", self.forms, FORMS)
+        some_of("test", (self.test,), ("paper", "words"))
+        at_least("tokens", self.tokens, 1)
+        at_least("most", self.most, 1)
+
 
 def plan(asked: Asked, settings: Settings) -> list[Experiment]:
     """What will be run: the questions in all forms, and as many as may be patched."""
     questions, _, stop = _questions(asked)
     some = questions[: _most(asked, settings)]
     one = dict.fromkeys(settings.forms, (1, 1))
-    asking_, patching = _asking(asked, settings, questions, stop), _patching(asked, settings, some, stop)
-    return [asking_, patching, _patching(asked, settings, some, stop, one)]
+    found = [_asking(asked, settings, questions, stop)]
+    for pairs in (None, one):
+        found.append(_patching(asked, settings, some, stop, pairs))
+        others = strangers(some, asked.seed)
+        found += [_others(asked, settings, some, others, stop, pairs)] if any(others) else []
+    return [*found, _patching(asked, settings, some, stop, controls=False)]
 
 
 def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
     """The figures of the module's docstring."""
     settings = settings or Settings()
-    if unknown := sorted(set(settings.forms) - set(FORMS)):
-        raise InputError(f"unknown form {', '.join(unknown)}; expected some of {', '.join(FORMS)}")
     questions, notes, stop = _questions(asked)
     first = recorded(asked, _asking(asked, settings, questions, stop))
     texts = said(first)
@@ -84,14 +114,16 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
         raise InputError(
             f"the model fails at none of {len(known):,} questions of two hops that it knows; give more questions (--n)"
         )
-    runs = [first, recorded(asked, _patching(asked, settings, failed, stop))]
-    found = _hits(runs[1], settings, failed)
+    runs = [first]
+    found = _tried(asked, settings, failed, stop, runs)
     scores = {form: figures(hits, failed, asked.seed) for form, hits in found.items()}
     pairs = {form: own["pair"] for form, own in scores.items() if "pair" in own}
     if pairs and answered:
-        runs.append(recorded(asked, _patching(asked, settings, answered, stop, pairs)))
-        for form, hits in _hits(runs[2], settings, answered).items():
+        for form, hits in _tried(asked, settings, answered, stop, runs, pairs).items():
             scores[form] |= kept(hits, answered, asked.seed)
+    sample = known[: _most(asked, settings)]
+    for form, hits in _papers(asked, settings, sample, failed, found, stop, runs).items():
+        scores[form] |= papers(hits, sample, asked.seed)
     own, deviations = settings_of(settings, asked)
     return result(
         failed,
@@ -102,8 +134,8 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
         funnel(outcomes),
         asked.seed,
         settings=own,
-        deviations=(*deviations, "The questions are not those of the paper, whose file is not published."),
-        caveats=(*notes, *caveats_of(runs)),
+        deviations=(*deviations, *DIFFERENT),
+        caveats=(*notes, *tries.alone(found), *caveats_of(runs)),
         runs=tuple(runs),
     )
 
@@ -114,15 +146,10 @@ def _most(asked: Asked, settings: Settings) -> int:
 
 def _questions(asked: Asked) -> tuple[list[Question], list[str], tuple[str, ...]]:
     """A sample, drawn by the seed, of those that can be taken apart; notes; what ends an answer."""
-    data = questions_of(asked.data)
-    items = [one for one in data.items if one.second is not None]
-    notes = list(data.notes)
-    if len(items) < len(data.items):
-        notes.append(f"{len(data.items) - len(items):,} questions were left out: their second relation does not end in its slot")
+    data = ending_in_slot(questions_of(asked.data))
+    items = list(data.items)
     random.Random(asked.seed).shuffle(items)
-    if not items:
-        raise InputError(f"{data.name} has no question whose second relation ends in its slot")
-    return items[: asked.items(N, QUICK_N)], notes, data.stop
+    return items[: asked.items(N, QUICK_N)], list(data.notes), data.stop
 
 
 def _asking(asked: Asked, settings: Settings, questions: Sequence[Question], stop: Sequence[str]) -> Experiment:
@@ -139,11 +166,72 @@ def _source(form: str, question: Question) -> tuple[str, dict[str, Any]]:
     return question.phrase, {"prompt": sentence} if form == "slot" else {"prompt": second, "at": -1}
 
 
-def _hits(run: Run, settings: Settings, questions: Sequence[Question]) -> dict[str, Hits]:
-    table = run.table(status="ok")
-    there = set(table["part"])
-    wanted = {form: [(f"{form}: {q.second}", _source(form, q)[0], q) for q in questions] for form in settings.forms}
-    return {form: tries.hits_at(table, some, settings.test) for form, some in wanted.items() if some[0][0] in there}
+def _tried(
+    asked: Asked,
+    settings: Settings,
+    questions: Sequence[Question],
+    stop: Sequence[str],
+    runs: list[Run],
+    pairs: Mapping[str, tuple[int, int]] | None = None,
+) -> dict[str, Hits]:
+    """Of each form the tries of these questions with their own and with other states; the runs are added to `runs`."""
+    runs.append(recorded(asked, _patching(asked, settings, questions, stop, pairs)))
+    table = runs[-1].table(status="ok")
+    forms = settings.forms if pairs is None else tuple(pairs)
+    found = _hits(table, forms, questions, settings.test)
+    read = tries.read(table, [[(_part(form, one), _source(form, one)[0]) for form in found] for one in questions])
+    others = strangers(questions, asked.seed, read)
+    if any(others):
+        runs.append(recorded(asked, _others(asked, settings, questions, others, stop, pairs)))
+        table = runs[-1].table(status="ok")
+        for form in found:
+            tried = [
+                None if other is None else (_others_part(form, one, k), _source(form, other)[0])
+                for k, (one, other) in enumerate(zip(questions, others, strict=True))
+            ]
+            found[form] = tries.beside(found[form], table, tried, questions, settings.test)
+    return found
+
+
+def _papers(
+    asked: Asked,
+    settings: Settings,
+    sample: Sequence[Outcome],
+    failed: Sequence[Question],
+    found: Mapping[str, Hits],
+    stop: Sequence[str],
+    runs: list[Run],
+) -> dict[str, np.ndarray]:
+    """[question] of each form: whether some pair says the answer, of a sample of all questions whose hops are known. The failed ones among
+    them have been tried."""
+    answered = [one.question for one in sample if one.passed["composition"]]
+    some: dict[str, Hits] = {}
+    if answered:
+        runs.append(recorded(asked, _patching(asked, settings, answered, stop, controls=False)))
+        some = _hits(runs[-1].table(status="ok"), tuple(found), answered, settings.test)
+    hit: dict[str, np.ndarray] = {}
+    for form, hits in found.items():
+        said = dict(zip(failed, statistics.any_of(hits.hits["none"]), strict=True))
+        if form in some:
+            said |= dict(zip(answered, statistics.any_of(some[form].hits["none"]), strict=True))
+        hit[form] = np.array([said.get(one.question, False) for one in sample], bool)
+    return hit
+
+
+def _part(form: str, question: Question) -> str:
+    return f"{form}: {question.second}"
+
+
+def _others_part(form: str, question: Question, k: int) -> str:
+    """What shares a target prompt is one part; in the form "query" each question is a target of its own."""
+    return f"query {k}" if form == "query" else _part(form, question)
+
+
+def _hits(table: pl.DataFrame, forms: Sequence[str], questions: Sequence[Question], test: str) -> dict[str, Hits]:
+    """Of each form that has readings at all; a question that has none is a miss."""
+    wanted = {form: [(_part(form, one), _source(form, one)[0], one) for one in questions] for form in forms}
+    found = {form: tries.hits_at(table, some, test) for form, some in wanted.items()}
+    return {form: hits for form, hits in found.items() if hits.pairs}
 
 
 def _patching(
@@ -152,6 +240,8 @@ def _patching(
     questions: Sequence[Question],
     stop: Sequence[str],
     pairs: Mapping[str, tuple[int, int]] | None = None,
+    *,
+    controls: bool = True,
 ) -> Experiment:
     """Every pair of layers; or of each form only the one in `pairs`."""
     parts: dict[str, dict[str, Any]] = {}
@@ -160,13 +250,46 @@ def _patching(
         for one in questions:
             text, scope = _source(form, one)
             scope |= {"name": form, "layer": other, "tokens": settings.tokens}
-            part = parts.setdefault(f"{form}: {one.second}", {"prompts": {}, "scope": scope, "layers": layer})
+            part = parts.setdefault(_part(form, one), {"prompts": {}, "scope": scope, "layers": layer})
             part["prompts"][text] = {"text": text, "at": -1}
+    name = "multihop-kept" if pairs is not None else "multihop" if controls else "multihop-answered"
+    return _experiment(asked, name, parts, stop, controls=controls)
+
+
+def _others(
+    asked: Asked,
+    settings: Settings,
+    questions: Sequence[Question],
+    others: Sequence[Question | None],
+    stop: Sequence[str],
+    pairs: Mapping[str, tuple[int, int]] | None = None,
+) -> Experiment:
+    """The same pairs with the strangers' states in the questions' targets."""
+    parts: dict[str, dict[str, Any]] = {}
+    for form in settings.forms if pairs is None else pairs:
+        layer, other_layer = (settings.layers, settings.target_layers) if pairs is None else pairs[form]
+        for k, (one, other) in enumerate(zip(questions, others, strict=True)):
+            if other is None:
+                continue
+            text, scope = _source(form, one)
+            if form == "query":  # whose target is the question itself
+                scope = {"prompt": text, "at": scope["at"]}
+            scope |= {"name": form, "layer": other_layer, "tokens": settings.tokens}
+            part = parts.setdefault(_others_part(form, one, k), {"prompts": {}, "scope": scope, "layers": layer})
+            source = _source(form, other)[0]
+            part["prompts"][source] = {"text": source, "at": -1}
+    return _experiment(asked, f"multihop-{'' if pairs is None else 'kept-'}others", parts, stop, controls=False)
+
+
+def _experiment(
+    asked: Asked, name: str, parts: Mapping[str, dict[str, Any]], stop: Sequence[str], *, controls: bool
+) -> Experiment:
     return Experiment.model_validate(
         {
-            "name": "multihop" if pairs is None else "multihop-kept",
+            "name": name,
             "model": dict(asked.model) if not isinstance(asked.model, str) else asked.model,
             "stop": list(stop),
+            "controls": controls,
             "evidence": False,
             "seed": asked.seed,
             "on_bad_prompt": "skip",
@@ -196,9 +319,23 @@ def figures(found: Hits, failed: Sequence[Question], seed: int = 0) -> dict[str,
 
 def kept(found: Hits, answered: Sequence[Question], seed: int = 0) -> dict[str, Any]:
     """How many answered questions are right under the one pair."""
-    clusters = [one.e2[0] for one in answered]
-    kinds = [kind for kind in KINDS if kind in found.hits]
-    return {f"kept {kind}": statistics.rate(found.hits[kind][:, 0].astype(float), clusters, seed=seed) for kind in kinds}
+    scores = {}
+    for kind in (kind for kind in KINDS if kind in found.hits):
+        rows = found.rows(kind)
+        clusters = [one.e2[0] for one in compress(answered, rows)]
+        scores[f"kept {kind}"] = statistics.rate(found.hits[kind][rows, 0].astype(float), clusters, seed=seed)
+    return scores
+
+
+def papers(hit: np.ndarray, sample: Sequence[Outcome], seed: int = 0) -> dict[str, Any]:
+    """The paper's figure: of all questions whose hops are known, those that it answers anyway among them, for how many some pair says the
+    answer; and how many of the same ones it answers as they are asked. hit: [question]."""
+    clusters = [one.question.e2[0] for one in sample]
+    plain = np.array([bool(one.passed["composition"]) for one in sample])
+    return {
+        "paper": statistics.rate(hit.astype(float), clusters, seed=seed),
+        "paper vanilla": statistics.rate(plain.astype(float), clusters, seed=seed),
+    }
 
 
 def claim(form: str, scores: dict[str, Any]) -> str:
@@ -206,16 +343,24 @@ def claim(form: str, scores: dict[str, Any]) -> str:
     told = f"{form}: some one of {scores['n_tries']} pairs corrects {scores['any_of_N none']} of the failed questions"
     if "any_of_N other" in scores:
         p = scores["p"]
-        better = scores["any_of_N none"].value > scores["any_of_N other"].value
-        told += f", as many tries with other questions' states {scores['any_of_N other']} (McNemar p = {p:.2g}: "
-        told += "no difference shown)" if p >= 0.05 else "the own state is better)" if better else "the other's is better)"
-        told += f", with random vectors {scores['any_of_N random']}. One try corrects {scores['per_try none']}, "
-        told += f"another's state {scores['per_try other']}"
+        told += f", as many tries with another question's state {scores['any_of_N other']} (McNemar p = {p:.2g}: "
+        told += (
+            "no difference shown)"
+            if p >= 0.05
+            else f"the {'own state' if scores['over_other'].value > 0 else 'other'} is better)"
+        )
+    if "any_of_N random" in scores:
+        told += f", with random vectors {scores['any_of_N random']}"
+    told += f". One try corrects {scores['per_try none']}"
+    told += f", another's state {scores['per_try other']}" if "per_try other" in scores else ""
     if "held_out none" in scores:
         layer, other = scores["pair"]
         told += f". One pair, {layer} into {other}, chosen on other bridge entities, corrects {scores['held_out none']}"
         told += f", with another question's state {scores['held_out other']}" if "held_out other" in scores else ""
         told += f"; of answered questions it keeps {scores['kept none']}" if "kept none" in scores else ""
+    if "paper" in scores:
+        told += f". The paper's figure, some pair over all questions whose hops are known: {scores['paper']}, asked as they are "
+        told += f"{scores['paper vanilla']}"
     return told + "."
 
 
@@ -237,6 +382,7 @@ def result(
     rows = []
     for form, own in scores.items():
         n = own["n_tries"]
+        headline |= {f"{form}: the paper's, any of {n}, answered ones too": own["paper"]} if "paper" in own else {}
         for kind, name in KINDS.items():
             if f"any_of_N {kind}" in own:
                 headline[f"{form}: {name}, any of {n}"] = own[f"any_of_N {kind}"]
@@ -264,6 +410,17 @@ def result(
                 ("form", "what is written", *columns),
                 tuple(rows),
                 columns,
+            ),
+            Table(
+                "The paper's figure",
+                "Share of all questions whose hops are known, a sample of them, that come out right: asked as they are, or by some pair",
+                ("form", "asked as they are", "any of N"),
+                tuple(
+                    (form, tries.share(own["paper vanilla"]), tries.share(own["paper"]))
+                    for form, own in scores.items()
+                    if "paper" in own
+                ),
+                ("asked as they are", "any of N"),
             ),
         ),
         (
