@@ -95,6 +95,32 @@ def test_tokens_that_all_prompts_bring_forth() -> None:
         ps.scopes.in_all(scope(ps.Source.of_vectors(model, v, layer=3), controls=False), model)
 
 
+def test_what_all_prompts_bring_forth_has_a_null_of_single_vectors() -> None:
+    """As many tokens survive of random vectors as of the random vectors, and the other sources, beside them."""
+    model = loaded("llama")
+    scope = ps.scopes.difference_scope((4,), [("a", "b"), ("c",), ("d", "1")])
+    v = 8 * torch.randn(40, 64, generator=torch.Generator().manual_seed(1))
+    readings = scope(ps.Source.of_vectors(model, v, layer=3), keep_logits=True, evidence=False)
+    found = ps.scopes.in_all(readings, model, 10)
+    each = {kind: found.filter(pl.col("control") == kind).height / len(v) for kind in ("none", "random", "other")}
+    unrelated = 10**3 / model.vocab**2  # what three vectors that have nothing to do with each other would share
+    assert each["none"] > 2 * unrelated
+    for kind in ("random", "other"):
+        assert 0.75 < each[kind] / each["none"] < 1.33, each
+
+
+def test_tokens_of_all_prompts_are_those_of_one_vector() -> None:
+    """Two positions of one prompt, or two vectors of one name, are not taken together."""
+    model = loaded("llama")
+    scope = ps.scopes.difference_scope((1,), [("a",), ("c",)])
+    both = ps.Source(model, "the cat", position=[2, -1], layer=3)
+    found = ps.scopes.in_all(scope(both, controls=False, keep_logits=True), model, 10)
+    for position in (2, len(model.tokens("the cat")) - 1):
+        alone = scope(ps.Source(model, "the cat", position=position, layer=3), controls=False, keep_logits=True)
+        want = ps.scopes.in_all(alone, model, 10)["token_id"].to_list()
+        assert found.filter(pl.col("position") == position)["token_id"].to_list() == want
+
+
 def test_directions_are_written_at_lengths_of_the_layer() -> None:
     model = loaded("llama")
     maps = ps.scopes.lengths(model, ["the cat sat", "hello you"], (1, 3, 9))
