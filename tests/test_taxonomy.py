@@ -3,6 +3,8 @@ against each other."""
 
 from __future__ import annotations
 
+import copy
+
 import polars as pl
 import pytest
 import torch
@@ -179,6 +181,21 @@ def test_causal_tracing_is_noise_and_one_state_put_back(family: str) -> None:
     quiet = ps.scopes.causal_tracing(model, TEXT, "cat", noise=0.0)(source, controls=False, keep_logits=True)
     plain = full_logits(model.hf, family, tokens.ids)[-1]
     assert quiet.logits is not None and max(error(one, plain) for one in quiet.logits) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "granite"])
+def test_noise_is_measured_in_what_the_blocks_get(family: str) -> None:
+    """Wherever a model scales its embeddings: Gemma in the module that gives them, Granite behind it."""
+    model = loaded(family)
+    if family == "granite":
+        hf = copy.deepcopy(model.hf)
+        hf.model.embedding_multiplier = 12.0
+        model = ps.load((hf, tiny_tokenizer()))
+    text = "".join(chr(97 + k) for k in range(24))
+    (edit,) = ps.scopes.causal_tracing(model, text, text, noise=3).edits
+    clean, noisy = (model.run(text, read="resid.0", edits=edits)["resid.0"][0, 1:] for edits in ((), (edit,)))
+    positions = model.hf.transformer.wpe.weight[1 : len(clean) + 1] if family == "gpt2" else 0.0
+    assert float((noisy - clean).std() / (clean - positions).std()) == pytest.approx(3, rel=0.1)
 
 
 def test_every_state_put_back_is_the_clean_run() -> None:
