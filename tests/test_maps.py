@@ -17,7 +17,8 @@ import patchscopes as ps
 from patchscopes import maps
 from patchscopes.core.errors import InputError, LayerError, VectorError
 from patchscopes.maps.align import aligned
-from patchscopes.maps.states import split
+from patchscopes.maps.fit import RIDGES, _across, _best_ridge, _halves
+from patchscopes.maps.states import split, states
 from patchscopes.model import Model
 
 TEXTS = [f"{a} the {b} of {c}" for a in "abcdefg" for b in ("hill", "sea") for c in ("x y z", "some town", "1 2 3")]
@@ -426,6 +427,38 @@ def test_the_floor_is_never_above_the_error(kind) -> None:
 def test_one_layer_into_itself_is_the_identity() -> None:
     (report,) = maps.fit(loaded("llama"), TEXTS, [(2, 2)], ridge=0.0).reports
     assert report.error < 1e-6 and report.identity == 0 and report.floor < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["affine", "low_rank", "per_direction"])
+def test_the_ridge_is_the_best_of_its_kind_from_half_to_half(kind) -> None:
+    """By fits of each half, applied to the other, vector by vector."""
+    x, y = correlated(40, 8, 3), correlated(40, 8, 5) + 0.5 * correlated(40, 8, 3)
+    halves = [(x[:20], y[:20]), (x[20:], y[20:])]
+    moments = [in_chunks(a, b, (20,)) for a, b in halves]
+    rank = 2 if kind == "low_rank" else None
+
+    def error(ridge: float) -> float:
+        total = 0.0
+        for one, (a, b) in zip(moments, halves[::-1], strict=True):
+            f = one.low_rank(2, ridge) if kind == "low_rank" else getattr(one, kind)(ridge)
+            total += float((f(a) - b).double().square().sum())
+        return total
+
+    errors = {ridge: error(ridge) for ridge in RIDGES}
+    assert len({round(e, 6) for e in errors.values()}) == len(RIDGES)
+    assert _best_ridge(*moments, kind, rank) == min(errors, key=lambda ridge: errors[ridge])
+    for ridge in RIDGES:
+        both = _across(moments[0], moments[1], kind, rank, ridge) + _across(moments[1], moments[0], kind, rank, ridge)
+        assert both == pytest.approx(errors[ridge], rel=1e-4)
+
+
+def test_equal_texts_stand_in_one_half() -> None:
+    model = loaded("llama")
+    where = states(model, None, [(1, 2)], "resid")
+    first, second = _halves(where.texts([*TEXTS[:5], *TEXTS[:5]], None, 0))
+    assert {one.source.text for one in first} | {one.source.text for one in second} == set(TEXTS[:5])
+    assert not {one.source.text for one in first} & {one.source.text for one in second} and len(first) + len(second) == 10
+    assert maps.fit(model, [*TEXTS[:1] * 4, TEXTS[1]], [(1, 2)]).reports[0].ridge == 1e-3  # no two halves to choose from
 
 
 @pytest.mark.parametrize(

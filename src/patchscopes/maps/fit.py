@@ -112,7 +112,8 @@ def fit(
     layers     pairs (ℓ, ℓ*); or "last" (every ℓ into L, the linear shortcuts of Din et al. 2023), "same", "all"
     target     M*, if it is another model
     kind       "affine", "low_rank" (with `rank`), "per_direction" (a gain for each coordinate), "mean"
-    ridge      "auto": the one of `RIDGES` that does best from one half of the fitted text to the other, for each pair
+    ridge      "auto": the one of `RIDGES` with which a map of this kind does best from one half of the fitted text to the other, for each
+               pair
     positions  at most so many of each text, drawn; None: all but the first
     held_out   share of the texts that the maps never see
     shuffled   fit to pairs that do not belong together, each source with some other position's target: a control, which knows what the
@@ -135,7 +136,7 @@ def fit(
     means: dict[tuple[int, int], Map] = {}
     whole = _joined(*halves)
     for pair in where.pairs:
-        lam = _best_ridge(halves[0][pair], halves[1][pair]) if ridge == "auto" else float(ridge)
+        lam = _best_ridge(halves[0][pair], halves[1][pair], kind, rank) if ridge == "auto" else float(ridge)
         moments = whole[pair]
         maps[pair] = _solved(moments, kind, rank, lam)
         means[pair] = moments.mean()
@@ -176,8 +177,11 @@ def evaluate(
 
 
 def _halves(texts: Sequence[Text]) -> tuple[list[Text], list[Text]]:
-    """Texts in two, alternately; a single one in both, where nothing can be chosen."""
-    return (list(texts[::2]), list(texts[1::2])) if len(texts) > 1 else (list(texts), [])
+    """Texts in two, alternately, and equal ones together: what stood in both halves would be known when the other is told. A single one
+    has no second half; then nothing can be chosen."""
+    number = {text: k for k, text in enumerate(dict.fromkeys(one.source.text for one in texts))}
+    first, second = ([one for one in texts if number[one.source.text] % 2 == half] for half in (0, 1))
+    return first, second
 
 
 def _moments(where: States, texts: Sequence[Text], progress: Progress, what: str) -> dict[tuple[int, int], Moments]:
@@ -213,16 +217,25 @@ def _joined(
     return found
 
 
-def _best_ridge(a: Moments, b: Moments) -> float:
-    """By the error on one half of what was fitted to the other, both ways round. 1e-3 if there are no two halves."""
+def _best_ridge(a: Moments, b: Moments, kind: Kind, rank: int | None) -> float:
+    """By the error on one half of a map of this kind that was fitted to the other, both ways round. 1e-3 if there are no two halves."""
+    if kind == "mean":
+        return 0.0  # it has no weight to hold down
     if a.n < 2 or b.n < 2:
         return 1e-3
-    errors = {ridge: _across(a, b, ridge) + _across(b, a, ridge) for ridge in RIDGES}
+    errors = {ridge: _across(a, b, kind, rank, ridge) + _across(b, a, kind, rank, ridge) for ridge in RIDGES}
     return min(RIDGES, key=lambda ridge: errors[ridge])
 
 
-def _across(fitted: Moments, other: Moments, ridge: float) -> float:
-    w = fitted.weight(ridge)
+def _across(fitted: Moments, other: Moments, kind: Kind, rank: int | None, ridge: float) -> float:
+    if kind == "per_direction":
+        w = fitted.gains(ridge)
+        return other.error(w, fitted.target.mean - w * fitted.source.mean)
+    if rank is None:
+        w = fitted.weight(ridge)
+    else:
+        up, down = fitted.factors(rank, ridge)
+        w = up @ down
     return other.error(w, fitted.target.mean - w @ fitted.source.mean)
 
 

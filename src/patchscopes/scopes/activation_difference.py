@@ -101,8 +101,8 @@ def difference_scope(
 
 def in_all(readings: Readings, model: Model, k: int = 10) -> pl.DataFrame:
     """Tokens among the k likeliest next ones of *every* target prompt: a row for each vector, layer, map, control and token, with `p`, the
-    mean over prompts, the likeliest first. The readings must keep their logits. `control` says what another vector brings forth so: a random one, or another
-    source's, the same in all prompts."""
+    mean over prompts, the likeliest first. The readings must keep their logits. `control` says what another vector, a random one or
+    another source's, brings forth so: the same one in all prompts."""
     if readings.logits is None:
         raise InputError("these readings have no logits; call the scope with keep_logits=True")
     keys = ["prompt", "prompt_text", "position", "source_layer", "target_layer", "map", "control"]

@@ -3,8 +3,9 @@
 T = S with ε ~ N(0, σ²) added to the embeddings of the subject's tokens, i* = i, ℓ* = ℓ, f = identity (Meng et al. 2022, "Locating and
 Editing Factual Associations in GPT"; Ghandeharioun et al. 2024, tables 1 and 4). Meng et al. take σ = 3 standard deviations of the
 embeddings and the mean over ten draws of ε; here each draw is a scope of its own (`seed`). Embeddings are what the site `embed` gives:
-models that scale the rows of their matrix there (Gemma by √d_model) get σ scaled alike, or the noise would drown nothing. Their figures write a window of ten layers of
-`mlp_out` or `attn_out`: that is `site="mlp_out", spread=(-5, …, 0, …, 4), carry="each"`, on source and scope.
+models that scale the rows of their matrix there (Gemma by √d_model) get σ scaled alike, or the noise would drown nothing. The
+figures of Meng et al. write a window of ten layers of `mlp_out` or `attn_out`: that is, on source and scope,
+`site="mlp_out", spread=(-5, …, 0, …, 4), carry="each"`.
 
     source    every state of the clean run: Source(model, prompt, position="all")
     none      p(answer) with that state put back        nothing   p(answer) with noise alone

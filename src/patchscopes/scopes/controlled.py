@@ -109,9 +109,11 @@ class Controls:
 
     def runs(self, cell: Cell, own: Tensor) -> Iterator[tuple[str, str, Tokens | None, Tensor | None]]:
         """Every control run of a cell that writes the state `own`: (kind, key, prompt, state), of another prompt or with another state
-        or none. A key says all that a run hangs on: runs of equal key are one, and draw from the same seed. The direction that is drawn, and
-        the source that is chosen, are one for all maps, target prompts, target layers and draws of what the cell reads, as its own state
-        is: what is said in all of them, or in the best, is compared with what one other vector says in all, or at best."""
+        or none. A key says all that a run hangs on: runs of equal key are one, and draw from the same seed.
+
+        The direction that is drawn, and the source that is chosen, are one for all maps, target prompts, target layers and draws of what
+        the cell reads, as its own state is: what is said in all of them, or in the best, is compared with what one other vector says in
+        all, or at best."""
         viewing = self.viewing
         one = viewing.read_identity(cell)
         target, span = viewing.target_of(cell), viewing.places[cell.place].span
