@@ -235,8 +235,8 @@ def test_selfie_writes_one_state_at_every_placeholder() -> None:
     readings = ps.scopes.selfie("Sure:", placeholders=3, max_new_tokens=4)(
         ps.Source(model, TEXT, position="cat", layer=[2, 4]), controls=False, keep_logits=True
     )
-    tokens = model.tokens("[INST] x x x [/INST] Sure:")
-    places = [tokens.find("x", occurrence=k).last for k in (1, 2, 3)]
+    tokens = model.tokens("[INST] _ _ _ [/INST] Sure:")
+    places = [tokens.find("_", occurrence=k).last for k in (1, 2, 3)]
     at = model.tokens(TEXT).position("cat")
     for k, layer in enumerate((2, 4)):
         patches = [Patch("resid.1", place, seen("llama")[f"resid.{layer}"][0, at]) for place in places]
@@ -251,8 +251,8 @@ def test_relevancy_is_a_difference_of_probabilities() -> None:
     found = ps.scopes.relevancy(scope, source)
     readings = scope(source, controls=False)
     assert [one.text for one in found] == readings.table["text"].to_list()
-    tokens = model.tokens("[INST] x x [/INST] Sure:")
-    places = [tokens.find("x", occurrence=k).last for k in (1, 2)]
+    tokens = model.tokens("[INST] _ _ [/INST] Sure:")
+    places = [tokens.find("_", occurrence=k).last for k in (1, 2)]
     states_ = seen("llama")
     for one, row in zip(found, readings.table.iter_rows(named=True), strict=True):
         text = model.tokenizer(one.text, add_special_tokens=False)["input_ids"]
