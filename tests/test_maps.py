@@ -375,6 +375,32 @@ def test_one_pass_serves_all_pairs_and_equals_a_fit_from_everything_in_memory() 
         assert (report.n_fitted, report.n) == (len(x), len(x2)) and report.floor <= report.error + 1e-9
 
 
+def test_states_ahead_are_those_of_later_tokens_of_the_same_text(wider: Model) -> None:
+    model = loaded("llama")
+    fitted = maps.fit(model, TEXTS, [(2, 5)], ridge=0.01, held_out=0.25, seed=3, ahead=2)
+    for_fit, away = split(TEXTS, 0.25, 3)
+
+    def stacked(texts: list[str], layer: int, some: slice) -> torch.Tensor:
+        return torch.cat([model.run(text, read=f"resid.{layer}")[f"resid.{layer}"][0, 1:][some] for text in texts])
+
+    x, y = stacked(for_fit, 2, slice(None, -2)), stacked(for_fit, 5, slice(2, None))
+    w, b = ridge_by_numpy(x, y, 0.01)
+    f = fitted[2, 5]
+    assert isinstance(f, maps.Affine) and np.abs(f.weight.double().numpy() - w).max() < 1e-3 * np.abs(w).max()
+    assert f.bias is not None and np.abs(f.bias.double().numpy() - b).max() < 1e-3 * np.abs(b).max()
+    x, y = stacked(away, 2, slice(None, -2)), stacked(away, 5, slice(2, None))
+    error = float((y - f(x)).double().square().sum() / (y.double() - y.double().mean(0)).square().sum())
+    assert fitted.reports[0].error == pytest.approx(error, rel=1e-3) and fitted.reports[0].n == len(x)
+    assert maps.evaluate(f, model, away, [(2, 5)], ahead=2)[0].error == pytest.approx(error, rel=1e-3)
+    assert fitted.provenance["ahead"] == 2
+
+    (text,) = states(model, wider, [(1, 1)], "resid", ahead=2).texts(["a the hill of x y z"], None, 0)
+    heard = [(text.source.upto(i).split()[-1], text.target.strings[j].strip()) for i, j in text.positions]
+    assert heard == [("the", "of"), ("hill", "x"), ("of", "y"), ("x", "z")]  # two tokens of the target ahead
+    with pytest.raises(InputError, match="with 9 more behind them"):
+        maps.fit(wider, ["hill of sea", "sea of hill"], [(1, 2)], ahead=9)
+
+
 def test_a_planted_linear_relation_is_recovered_across_widths_and_tokenizers(wider: Model) -> None:
     """The wider model's embeddings are set to an affine function of what the small one has at the end of each word (which, at layer 0 of
     a model of single characters, is that of the word's last letter)."""
@@ -468,6 +494,7 @@ def test_equal_texts_stand_in_one_half() -> None:
         ("some", {}, LayerError, "'same', 'last', 'all'"),
         ([], {}, LayerError, "at least one pair"),
         ("last", {"ridge": -1.0}, InputError, "at least 0"),
+        ("last", {"ahead": -1}, InputError, "ahead is -1"),
         ("last", {"kind": "low_rank"}, InputError, "a rank belongs"),
         ("last", {"held_out": 1.0}, InputError, "between 0 and 1"),
         ("last", {"site": "logits"}, InputError, "not at 'logits'"),

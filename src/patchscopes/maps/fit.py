@@ -2,6 +2,7 @@
 
     ps.maps.fit(model, texts, [(2, 8), (4, 8)])                between layers of one model
     ps.maps.fit(small, texts, [(2, 5)], target=large)          between two, of any widths and tokenizers (positions aligned by characters)
+    ps.maps.fit(model, texts, "last", ahead=2)                 to the states two tokens later: the linear future lens
 
 All pairs of layers come from the same passes, each text run once in each model; what is kept is said in `least_squares`. Beside the
 held-out error of each map stands what it must be compared with: the **refit floor** (the least error that any affine map could have on
@@ -102,6 +103,7 @@ def fit(
     ridge: float | Literal["auto"] = "auto",
     positions: int | None = None,
     held_out: float = 0.2,
+    ahead: int = 0,
     shuffled: bool = False,
     site: str = "resid",
     seed: int = 0,
@@ -116,6 +118,7 @@ def fit(
                pair
     positions  at most so many of each text, drawn; None: all but the first
     held_out   share of the texts that the maps never see
+    ahead      N: from ℓ at position t to ℓ* at t + N of the same text (the linear future lens), in tokens of the target model
     shuffled   fit to pairs that do not belong together, each source with some other position's target: a control, which knows what the
                target's states are like and nothing of what was read. The reports are about true pairs
     """
@@ -123,7 +126,7 @@ def fit(
         raise InputError(f"kind is {kind!r} and rank is {rank}; a rank belongs to low_rank, and low_rank to a rank")
     if not isinstance(ridge, str) and not 0 <= ridge < float("inf"):
         raise InputError(f"the ridge is {ridge}; expected 'auto' or a number of at least 0")
-    where = states(model, target, layers, site)
+    where = states(model, target, layers, site, ahead)
     fitted, away = split(texts, held_out, seed)
     seen = where.texts(fitted, positions, seed)
     read = replace(where, dealt=seed) if shuffled else where
@@ -149,6 +152,7 @@ def fit(
         "source_model": model.provenance(),
         "target_model": None if where.target is model else where.target.provenance(),
         "site": site,
+        "ahead": ahead,
         "kind": kind,
         "texts": {"fitted": len(fitted), "held_out": len(away), "digest": digest_of_texts(texts)},
         "tokens": counts(seen),
@@ -167,11 +171,13 @@ def evaluate(
     layers: str | Pairs = "last",
     *,
     target: Model | None = None,
+    ahead: int = 0,
     site: str = "resid",
     progress: Progress = lambda done, of, what: None,
 ) -> list[FitReport]:
-    """How good any map is between these layers on these texts: its error beside the refit floor and the identity."""
-    where = states(model, target, layers, site)
+    """How good any map is between these layers (and to `ahead` tokens later) on these texts: its error beside the refit floor and the
+    identity."""
+    where = states(model, target, layers, site, ahead)
     maps = {pair: map_between(f, *pair) for pair in where.pairs}
     return _measured(where, where.texts(texts, None, 0), maps, {}, {}, progress)
 
