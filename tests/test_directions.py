@@ -147,6 +147,24 @@ def test_directions_are_written_at_lengths_of_the_layer() -> None:
         assert 1 / 5 <= row["p_value"] <= 1
 
 
+def test_every_direction_has_a_null_of_its_own_length() -> None:
+    """Under maps that leave the length as it is: what is said of a direction does not hang on which ones stand beside it."""
+    model = loaded("llama")
+    scope = ps.Patchscope("hello {x} is", layer=2, map=[ps.maps.Scale(1.0), ps.maps.Scale(2.0)], max_new_tokens=1, write="add")
+    v = torch.randn(3, 64, generator=torch.Generator().manual_seed(2))
+    v = v / v.norm(dim=-1, keepdim=True) * torch.tensor([[0.1], [40.0], [40.0]])
+    found = ps.scopes.explain(model, v, scope, layer=1, read=3, n_null=20)
+    alone = [ps.scopes.explain(model, v[k], scope, layer=1, labels=[f"direction {k}"], read=3, n_null=20).table for k in range(3)]
+    assert found.table["p_value"].to_list() == [one["p_value"].item() for one in alone]
+    null = found.every.filter("null")
+    assert null.height == 2 * 20 * 2 and sorted(set(null["norm"].round(3))) == [0.1, 40.0]
+    matched = ps.Patchscope("hello {x} is", layer=2, map=ps.scopes.lengths(model, "the cat", (1, 2)), max_new_tokens=1)
+    assert ps.scopes.explain(model, v, matched, layer=1, read=4, n_null=5).every.height == (3 + 5) * 2
+    for labels in (["a", "a", "b"], ["a", "b"]):
+        with pytest.raises(InputError, match="all different"):
+            ps.scopes.explain(model, v, scope, layer=1, labels=labels, read=4)
+
+
 def test_random_directions_are_at_chance() -> None:
     model = ps.load((tiny("llama"), tiny_tokenizer()))
     scope = ps.Patchscope("hello {x} is", layer=2, map=ps.scopes.lengths(model, "the cat sat", (1, 4)), max_new_tokens=1)
