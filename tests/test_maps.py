@@ -15,9 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import patchscopes as ps
 from patchscopes import maps
-from patchscopes.core.errors import InputError, LayerError, VectorError
+from patchscopes.core.errors import InputError, LayerError, UnknownName, VectorError
 from patchscopes.maps.align import aligned
-from patchscopes.maps.fit import RIDGES, _across, _best_ridge, _halves
+from patchscopes.maps.fit import RIDGES, _across, _best_ridge, _halves, _require
 from patchscopes.maps.states import split, states
 from patchscopes.model import Model
 
@@ -504,6 +504,15 @@ def test_what_cannot_be_fitted_is_told(layers, more: dict, error: type, words: s
     with pytest.raises(error) as caught:
         maps.fit(loaded("llama"), TEXTS, layers, **more)
     assert words in str(caught.value)
+
+
+def test_words_that_are_no_settings_are_told() -> None:
+    """As `fit` sees them where types are not checked."""
+    with pytest.raises(UnknownName, match="unknown kind of map 'afine'. Did you mean 'affine'"):
+        _require("afine", None, "auto")
+    for ridge in ("big", None, float("nan")):
+        with pytest.raises(InputError, match="expected 'auto' or a number of at least 0"):
+            _require("affine", None, ridge)
 
 
 def test_texts_that_say_nothing_are_told(wider: Model) -> None:

@@ -20,13 +20,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import polars as pl
 import torch
 from torch import Tensor
 
-from patchscopes.core.errors import InputError
+from patchscopes.core.errors import InputError, UnknownName, nearest
 from patchscopes.maps.by_layer import ByLayer
 from patchscopes.maps.files import save_map
 from patchscopes.maps.least_squares import Moments, Sums, as_double
@@ -121,11 +121,10 @@ def fit(
     ahead      N: from ℓ at position t to ℓ* at t + N of the same text (the linear future lens), in tokens of the target model
     shuffled   fit to pairs that do not belong together, each source with some other position's target: a control, which knows what the
                target's states are like and nothing of what was read. The reports are about true pairs
+
+    UnknownName, InputError or LayerError for what cannot be fitted; VectorError where states are not finite, or for gains between widths.
     """
-    if (rank is None) == (kind == "low_rank"):
-        raise InputError(f"kind is {kind!r} and rank is {rank}; a rank belongs to low_rank, and low_rank to a rank")
-    if not isinstance(ridge, str) and not 0 <= ridge < float("inf"):
-        raise InputError(f"the ridge is {ridge}; expected 'auto' or a number of at least 0")
+    _require(kind, rank, ridge)
     where = states(model, target, layers, site, ahead)
     fitted, away = split(texts, held_out, seed)
     seen = where.texts(fitted, positions, seed)
@@ -180,6 +179,17 @@ def evaluate(
     where = states(model, target, layers, site, ahead)
     maps = {pair: map_between(f, *pair) for pair in where.pairs}
     return _measured(where, where.texts(texts, None, 0), maps, {}, {}, progress)
+
+
+def _require(kind: object, rank: object, ridge: object) -> None:
+    """UnknownName or InputError for settings of no map."""
+    kinds = get_args(Kind)
+    if kind not in kinds:
+        raise UnknownName(f"unknown kind of map {kind!r}. {nearest(str(kind), kinds)}")
+    if (rank is None) == (kind == "low_rank"):
+        raise InputError(f"kind is {kind!r} and rank is {rank}; a rank belongs to low_rank, and low_rank to a rank")
+    if ridge != "auto" and not (isinstance(ridge, int | float) and 0 <= ridge < float("inf")):
+        raise InputError(f"the ridge is {ridge!r}; expected 'auto' or a number of at least 0")
 
 
 def _halves(texts: Sequence[Text]) -> tuple[list[Text], list[Text]]:
