@@ -95,6 +95,32 @@ def test_tokens_that_all_prompts_bring_forth() -> None:
         ps.scopes.in_all(scope(ps.Source.of_vectors(model, v, layer=3), controls=False), model)
 
 
+def test_what_all_prompts_bring_forth_has_a_null_of_single_vectors() -> None:
+    """As many tokens survive of random vectors as of the random vectors, and the other sources, beside them."""
+    model = loaded("llama")
+    scope = ps.scopes.difference_scope((4,), [("a", "b"), ("c",), ("d", "1")])
+    v = 8 * torch.randn(40, 64, generator=torch.Generator().manual_seed(1))
+    readings = scope(ps.Source.of_vectors(model, v, layer=3), keep_logits=True, evidence=False)
+    found = ps.scopes.in_all(readings, model, 10)
+    each = {kind: found.filter(pl.col("control") == kind).height / len(v) for kind in ("none", "random", "other")}
+    unrelated = 10**3 / model.vocab**2  # what three vectors that have nothing to do with each other would share
+    assert each["none"] > 2 * unrelated
+    for kind in ("random", "other"):
+        assert 0.75 < each[kind] / each["none"] < 1.33, each
+
+
+def test_tokens_of_all_prompts_are_those_of_one_vector() -> None:
+    """Two positions of one prompt, or two vectors of one name, are not taken together."""
+    model = loaded("llama")
+    scope = ps.scopes.difference_scope((1,), [("a",), ("c",)])
+    both = ps.Source(model, "the cat", position=[2, -1], layer=3)
+    found = ps.scopes.in_all(scope(both, controls=False, keep_logits=True), model, 10)
+    for position in (2, len(model.tokens("the cat")) - 1):
+        alone = scope(ps.Source(model, "the cat", position=position, layer=3), controls=False, keep_logits=True)
+        want = ps.scopes.in_all(alone, model, 10)["token_id"].to_list()
+        assert found.filter(pl.col("position") == position)["token_id"].to_list() == want
+
+
 def test_directions_are_written_at_lengths_of_the_layer() -> None:
     model = loaded("llama")
     maps = ps.scopes.lengths(model, ["the cat sat", "hello you"], (1, 3, 9))
@@ -119,6 +145,24 @@ def test_directions_are_written_at_lengths_of_the_layer() -> None:
         assert row["self_similarity"] == pytest.approx(float(v[k] @ r / v[k].norm() / r.norm()), abs=1e-3)
         assert row["text"] == model.generate("hello x is", edits=[edit], max_new_tokens=2)[0].text
         assert 1 / 5 <= row["p_value"] <= 1
+
+
+def test_every_direction_has_a_null_of_its_own_length() -> None:
+    """Under maps that leave the length as it is: what is said of a direction does not hang on which ones stand beside it."""
+    model = loaded("llama")
+    scope = ps.Patchscope("hello {x} is", layer=2, map=[ps.maps.Scale(1.0), ps.maps.Scale(2.0)], max_new_tokens=1, write="add")
+    v = torch.randn(3, 64, generator=torch.Generator().manual_seed(2))
+    v = v / v.norm(dim=-1, keepdim=True) * torch.tensor([[0.1], [40.0], [40.0]])
+    found = ps.scopes.explain(model, v, scope, layer=1, read=3, n_null=20)
+    alone = [ps.scopes.explain(model, v[k], scope, layer=1, labels=[f"direction {k}"], read=3, n_null=20).table for k in range(3)]
+    assert found.table["p_value"].to_list() == [one["p_value"].item() for one in alone]
+    null = found.every.filter("null")
+    assert null.height == 2 * 20 * 2 and sorted(set(null["norm"].round(3))) == [0.1, 40.0]
+    matched = ps.Patchscope("hello {x} is", layer=2, map=ps.scopes.lengths(model, "the cat", (1, 2)), max_new_tokens=1)
+    assert ps.scopes.explain(model, v, matched, layer=1, read=4, n_null=5).every.height == (3 + 5) * 2
+    for labels in (["a", "a", "b"], ["a", "b"]):
+        with pytest.raises(InputError, match="all different"):
+            ps.scopes.explain(model, v, scope, layer=1, labels=labels, read=4)
 
 
 def test_random_directions_are_at_chance() -> None:

@@ -6,10 +6,13 @@ import math
 
 import pytest
 import torch
+from families import loaded
 from torch import Tensor
 
+import patchscopes as ps
 from patchscopes.controls.evidence import SIGNIFICANT, bits_over, p_value, verdict
 from patchscopes.controls.vectors import N_OTHERS, N_RANDOM, POOL, SECOND_LOOK, random_like, seed_of
+from patchscopes.scopes.viewing import Viewing
 
 NAN, INF = math.nan, math.inf
 
@@ -202,3 +205,26 @@ class TestPool:
         assert SECOND_LOOK.strip()
         words = {word.strip(".,\n").lower() for word in SECOND_LOOK.split()} - {"here", "is", "some", "text", "a", "the"}
         assert not words
+
+
+def test_a_control_is_one_vector_wherever_a_state_is_written() -> None:
+    """Over maps, target prompts, target layers and draws; of each source, and of each of its layers, another."""
+    model = loaded("llama")
+    maps = [ps.maps.Identity(), ps.maps.Scale(3.0)]
+    scope = ps.Patchscope(["hello {x} is", "a {x}"], layer=[1, 2], map=maps, temperature=1.0, draws=2, max_new_tokens=1)
+    viewing = Viewing(scope, ps.Source(model, ["the cat", "a dog", "ab"], layer=[2, 3]))
+    assert viewing.controls is not None
+    viewing.sight.need(set(range(3)))
+    viewing.controls.need(set(range(3)))
+    ways: dict[tuple[str, int, int], set[tuple[float, ...]]] = {}
+    requests: set[str] = set()
+    for cell in viewing.cells:
+        for kind, key, _, state in viewing.controls.runs(cell, viewing.written(cell)):
+            if kind in ("random", "other"):
+                assert state is not None
+                unit = (state / state.norm()).flatten()[:6]
+                ways.setdefault((kind, cell.place, cell.source_layer), set()).add(tuple(round(x, 4) + 0.0 for x in unit.tolist()))
+                requests.add(key)
+    assert len(ways) == 2 * 3 * 2 and all(len(one) == 1 for one in ways.values())
+    assert len({one for (kind, *_), some in ways.items() if kind == "random" for one in some}) == 3 * 2
+    assert len(requests) > 3 * 2 * 16  # and yet every run in which one is written is a run of its own

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import WIDTH, loaded, tiny, tiny_tokenizer
+from families import WIDTH, blocks_of, loaded, tiny, tiny_tokenizer
 
 import patchscopes as ps
-from patchscopes.core.errors import InputError, LayerError, RefusedError, VectorError
+from patchscopes.core.errors import InputError, LayerError, PositionError, RefusedError, VectorError
 from patchscopes.lenses import Recipe, TunedLens, compute_jacobian_lens, load_jacobian_lens, load_tuned_lens, train_tuned_lens
 from patchscopes.lenses.report import middle
 from patchscopes.lenses.training import CHECKPOINT, LENS, windows_of_step
@@ -344,12 +344,14 @@ class TestJacobianLens:
 
 def test_the_linear_shortcut_is_the_fitted_map_behind_the_head(model: Model) -> None:
     fitted = ps.maps.fit(model, TEXTS, "last")
-    readings = ps.lenses.linear_shortcut(fitted)(ps.Source(model, "the hill", layer=[0, 3]), controls=False, keep_logits=True)
+    readings = ps.scopes.linear_shortcut(fitted)(ps.Source(model, "the hill", layer=[0, 3]), controls=False, keep_logits=True)
     h = model.run("the hill", read="resid.3")["resid.3"][0, -1]
     want = model.unembed(fitted[3, 5](h)[None])[0]
     assert readings.logits is not None and torch.allclose(readings.logits[1], want, atol=1e-4 * float(want.abs().max()))
     with pytest.raises(InputError, match="several layers"):
-        ps.lenses.linear_shortcut(ps.maps.fit(model, TEXTS, [(0, 2), (0, 3)]))
+        ps.scopes.linear_shortcut(ps.maps.fit(model, TEXTS, [(0, 2), (0, 3)]))
+    with pytest.raises(InputError, match="several layers, 2, 3"):
+        ps.scopes.linear_shortcut([fitted.map, ps.maps.fit(model, TEXTS, [(0, 2), (0, 3)]).map])
 
 
 def test_windows_keep_what_the_tokenizer_puts_in_front(model: Model) -> None:
@@ -399,3 +401,67 @@ def test_the_commands_train_and_check(tmp_path: Path, capsys: pytest.CaptureFixt
     assert run(["lens", "check", str(tmp_path / "other")]) == 6
     assert "does not fit atlas" in capsys.readouterr().err
     assert run(["lens", "train", *options[:4], "--optimizer", "muon"]) == 2
+
+
+def test_a_relation_map_is_the_mean_first_order_expansion() -> None:
+    """Against autograd through a plain forward pass of a float64 model."""
+    hf = tiny("llama", dtype=torch.float64)
+    model = ps.load((hf, tiny_tokenizer()))
+    prompts, subjects, layer = ["a cat is", "the dog is", "oh my"], ["cat", "dog", 1], 2
+    blocks = blocks_of(hf, "llama")
+
+    def o_of(ids: list[int], place: int, s: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(o, s) of a run with s written, or with its own."""
+        seen: dict[str, torch.Tensor] = {}
+
+        def write(_m: object, _a: object, out: object) -> object:
+            h = out[0] if isinstance(out, tuple) else out
+            assert isinstance(h, torch.Tensor)
+            seen["s"] = h[0, place]
+            if s is None:
+                return None
+            h = h.clone()
+            h[0, place] = s
+            return (h, *out[1:]) if isinstance(out, tuple) else h
+
+        def keep(_m: object, _a: object, out: object) -> None:
+            h = out[0] if isinstance(out, tuple) else out
+            assert isinstance(h, torch.Tensor)
+            seen["o"] = h[0, -1]
+
+        handles = [blocks[layer - 1].register_forward_hook(write), blocks[-1].register_forward_hook(keep)]
+        try:
+            hf(torch.tensor([ids]), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen["o"], seen["s"]
+
+    weights, biases = [], []
+    for text, subject in zip(prompts, subjects, strict=True):
+        tokens = model.tokens(text)
+        ids, place = list(tokens.ids), tokens.position(subject)
+        with torch.no_grad():
+            o, s = o_of(ids, place, None)
+        j = torch.autograd.functional.jacobian(lambda s, ids=ids, place=place: o_of(ids, place, s)[0], s)
+        assert isinstance(j, torch.Tensor)
+        weights.append(j)
+        biases.append(o - j @ s)
+    found = ps.lenses.relation_map(model, prompts, subjects, layer, beta=2.5, name="is", dims_at_once=24)
+    f = found.for_layers(layer, model.n_layers)
+    assert isinstance(f, ps.maps.Affine) and f.bias is not None and found.name == "is"
+    want, shift = torch.stack(weights).mean(0), torch.stack(biases).mean(0)
+    assert float(want.abs().max()) > 0.1
+    assert torch.allclose(f.weight.double(), 2.5 * want, atol=1e-5) and torch.allclose(f.bias.double(), shift, atol=1e-5)
+
+    one = ps.lenses.relation_map(model, prompts[:1], subjects[:1], layer)  # one example, β = 1: its own object state
+    source = ps.Source(model, prompts[0], position="cat", layer=layer)
+    readings = ps.scopes.attribute_lens(one)(source, controls=False, keep_logits=True)
+    assert readings.logits is not None
+    assert torch.allclose(readings.logits[0], model.run(prompts[0]).logits[0, -1].to(readings.logits), atol=1e-4)
+    with pytest.raises(InputError, match="one for each other"):
+        ps.lenses.relation_map(model, prompts, subjects[:2], layer)
+    with pytest.raises(LayerError, match="where the object is read"):
+        ps.lenses.relation_map(model, prompts, subjects, -1)
+    with pytest.raises(PositionError, match="does not occur"):
+        ps.lenses.relation_map(model, prompts, ["cow", "dog", 1], layer)

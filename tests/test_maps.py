@@ -15,9 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import patchscopes as ps
 from patchscopes import maps
-from patchscopes.core.errors import InputError, LayerError, VectorError
+from patchscopes.core.errors import InputError, LayerError, UnknownName, VectorError
 from patchscopes.maps.align import aligned
-from patchscopes.maps.states import split
+from patchscopes.maps.fit import RIDGES, _across, _best_ridge, _halves, _require
+from patchscopes.maps.states import split, states
 from patchscopes.model import Model
 
 TEXTS = [f"{a} the {b} of {c}" for a in "abcdefg" for b in ("hill", "sea") for c in ("x y z", "some town", "1 2 3")]
@@ -374,6 +375,32 @@ def test_one_pass_serves_all_pairs_and_equals_a_fit_from_everything_in_memory() 
         assert (report.n_fitted, report.n) == (len(x), len(x2)) and report.floor <= report.error + 1e-9
 
 
+def test_states_ahead_are_those_of_later_tokens_of_the_same_text(wider: Model) -> None:
+    model = loaded("llama")
+    fitted = maps.fit(model, TEXTS, [(2, 5)], ridge=0.01, held_out=0.25, seed=3, ahead=2)
+    for_fit, away = split(TEXTS, 0.25, 3)
+
+    def stacked(texts: list[str], layer: int, some: slice) -> torch.Tensor:
+        return torch.cat([model.run(text, read=f"resid.{layer}")[f"resid.{layer}"][0, 1:][some] for text in texts])
+
+    x, y = stacked(for_fit, 2, slice(None, -2)), stacked(for_fit, 5, slice(2, None))
+    w, b = ridge_by_numpy(x, y, 0.01)
+    f = fitted[2, 5]
+    assert isinstance(f, maps.Affine) and np.abs(f.weight.double().numpy() - w).max() < 1e-3 * np.abs(w).max()
+    assert f.bias is not None and np.abs(f.bias.double().numpy() - b).max() < 1e-3 * np.abs(b).max()
+    x, y = stacked(away, 2, slice(None, -2)), stacked(away, 5, slice(2, None))
+    error = float((y - f(x)).double().square().sum() / (y.double() - y.double().mean(0)).square().sum())
+    assert fitted.reports[0].error == pytest.approx(error, rel=1e-3) and fitted.reports[0].n == len(x)
+    assert maps.evaluate(f, model, away, [(2, 5)], ahead=2)[0].error == pytest.approx(error, rel=1e-3)
+    assert fitted.provenance["ahead"] == 2
+
+    (text,) = states(model, wider, [(1, 1)], "resid", ahead=2).texts(["a the hill of x y z"], None, 0)
+    heard = [(text.source.upto(i).split()[-1], text.target.strings[j].strip()) for i, j in text.positions]
+    assert heard == [("the", "of"), ("hill", "x"), ("of", "y"), ("x", "z")]  # two tokens of the target ahead
+    with pytest.raises(InputError, match="with 9 more behind them"):
+        maps.fit(wider, ["hill of sea", "sea of hill"], [(1, 2)], ahead=9)
+
+
 def test_a_planted_linear_relation_is_recovered_across_widths_and_tokenizers(wider: Model) -> None:
     """The wider model's embeddings are set to an affine function of what the small one has at the end of each word (which, at layer 0 of
     a model of single characters, is that of the word's last letter)."""
@@ -428,6 +455,38 @@ def test_one_layer_into_itself_is_the_identity() -> None:
     assert report.error < 1e-6 and report.identity == 0 and report.floor < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["affine", "low_rank", "per_direction"])
+def test_the_ridge_is_the_best_of_its_kind_from_half_to_half(kind) -> None:
+    """By fits of each half, applied to the other, vector by vector."""
+    x, y = correlated(40, 8, 3), correlated(40, 8, 5) + 0.5 * correlated(40, 8, 3)
+    halves = [(x[:20], y[:20]), (x[20:], y[20:])]
+    moments = [in_chunks(a, b, (20,)) for a, b in halves]
+    rank = 2 if kind == "low_rank" else None
+
+    def error(ridge: float) -> float:
+        total = 0.0
+        for one, (a, b) in zip(moments, halves[::-1], strict=True):
+            f = one.low_rank(2, ridge) if kind == "low_rank" else getattr(one, kind)(ridge)
+            total += float((f(a) - b).double().square().sum())
+        return total
+
+    errors = {ridge: error(ridge) for ridge in RIDGES}
+    assert len({round(e, 6) for e in errors.values()}) == len(RIDGES)
+    assert _best_ridge(*moments, kind, rank) == min(errors, key=lambda ridge: errors[ridge])
+    for ridge in RIDGES:
+        both = _across(moments[0], moments[1], kind, rank, ridge) + _across(moments[1], moments[0], kind, rank, ridge)
+        assert both == pytest.approx(errors[ridge], rel=1e-4)
+
+
+def test_equal_texts_stand_in_one_half() -> None:
+    model = loaded("llama")
+    where = states(model, None, [(1, 2)], "resid")
+    first, second = _halves(where.texts([*TEXTS[:5], *TEXTS[:5]], None, 0))
+    assert {one.source.text for one in first} | {one.source.text for one in second} == set(TEXTS[:5])
+    assert not {one.source.text for one in first} & {one.source.text for one in second} and len(first) + len(second) == 10
+    assert maps.fit(model, [*TEXTS[:1] * 4, TEXTS[1]], [(1, 2)]).reports[0].ridge == 1e-3  # no two halves to choose from
+
+
 @pytest.mark.parametrize(
     ("layers", "more", "error", "words"),
     [
@@ -435,6 +494,7 @@ def test_one_layer_into_itself_is_the_identity() -> None:
         ("some", {}, LayerError, "'same', 'last', 'all'"),
         ([], {}, LayerError, "at least one pair"),
         ("last", {"ridge": -1.0}, InputError, "at least 0"),
+        ("last", {"ahead": -1}, InputError, "ahead is -1"),
         ("last", {"kind": "low_rank"}, InputError, "a rank belongs"),
         ("last", {"held_out": 1.0}, InputError, "between 0 and 1"),
         ("last", {"site": "logits"}, InputError, "not at 'logits'"),
@@ -444,6 +504,15 @@ def test_what_cannot_be_fitted_is_told(layers, more: dict, error: type, words: s
     with pytest.raises(error) as caught:
         maps.fit(loaded("llama"), TEXTS, layers, **more)
     assert words in str(caught.value)
+
+
+def test_words_that_are_no_settings_are_told() -> None:
+    """As `fit` sees them where types are not checked."""
+    with pytest.raises(UnknownName, match="unknown kind of map 'afine'. Did you mean 'affine'"):
+        _require("afine", None, "auto")
+    for ridge in ("big", None, float("nan")):
+        with pytest.raises(InputError, match="expected 'auto' or a number of at least 0"):
+            _require("affine", None, ridge)
 
 
 def test_texts_that_say_nothing_are_told(wider: Model) -> None:

@@ -116,5 +116,8 @@ def test_on_a_random_model_a_search_finds_no_more_than_its_null() -> None:
 def test_mistakes_are_told() -> None:
     with pytest.raises(InputError, match="alphas is empty"):
         ps.scopes.superscope(())
+    with pytest.raises(InputError, match="layer is 5, but the scope has its own, same"):
+        ps.scopes.superscope(scope=ps.Patchscope("hello {x} is"), layer=5)
+    assert ps.scopes.superscope(layer=[1, 2]).layer == [1, 2]
     with pytest.raises(InputError, match="0 to 5"):
         ps.scopes.criterion(small(), ps.Source(loaded("llama"), TEXT, layer=1), read=9)

@@ -3,6 +3,8 @@ against each other."""
 
 from __future__ import annotations
 
+import copy
+
 import polars as pl
 import pytest
 import torch
@@ -181,6 +183,21 @@ def test_causal_tracing_is_noise_and_one_state_put_back(family: str) -> None:
     assert quiet.logits is not None and max(error(one, plain) for one in quiet.logits) < 1e-4
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "granite"])
+def test_noise_is_measured_in_what_the_blocks_get(family: str) -> None:
+    """Wherever a model scales its embeddings: Gemma in the module that gives them, Granite behind it."""
+    model = loaded(family)
+    if family == "granite":
+        hf = copy.deepcopy(model.hf)
+        hf.model.embedding_multiplier = 12.0
+        model = ps.load((hf, tiny_tokenizer()))
+    text = "".join(chr(97 + k) for k in range(24))
+    (edit,) = ps.scopes.causal_tracing(model, text, text, noise=3).edits
+    clean, noisy = (model.run(text, read="resid.0", edits=edits)["resid.0"][0, 1:] for edits in ((), (edit,)))
+    positions = model.hf.transformer.wpe.weight[1 : len(clean) + 1] if family == "gpt2" else 0.0
+    assert float((noisy - clean).std() / (clean - positions).std()) == pytest.approx(3, rel=0.1)
+
+
 def test_every_state_put_back_is_the_clean_run() -> None:
     """All layers of all tokens: nothing of the noise is left."""
     model = loaded("llama")
@@ -218,8 +235,8 @@ def test_selfie_writes_one_state_at_every_placeholder() -> None:
     readings = ps.scopes.selfie("Sure:", placeholders=3, max_new_tokens=4)(
         ps.Source(model, TEXT, position="cat", layer=[2, 4]), controls=False, keep_logits=True
     )
-    tokens = model.tokens("[INST] x x x [/INST] Sure:")
-    places = [tokens.find("x", occurrence=k).last for k in (1, 2, 3)]
+    tokens = model.tokens("[INST] _ _ _ [/INST] Sure:")
+    places = [tokens.find("_", occurrence=k).last for k in (1, 2, 3)]
     at = model.tokens(TEXT).position("cat")
     for k, layer in enumerate((2, 4)):
         patches = [Patch("resid.1", place, seen("llama")[f"resid.{layer}"][0, at]) for place in places]
@@ -234,8 +251,8 @@ def test_relevancy_is_a_difference_of_probabilities() -> None:
     found = ps.scopes.relevancy(scope, source)
     readings = scope(source, controls=False)
     assert [one.text for one in found] == readings.table["text"].to_list()
-    tokens = model.tokens("[INST] x x [/INST] Sure:")
-    places = [tokens.find("x", occurrence=k).last for k in (1, 2)]
+    tokens = model.tokens("[INST] _ _ [/INST] Sure:")
+    places = [tokens.find("_", occurrence=k).last for k in (1, 2)]
     states_ = seen("llama")
     for one, row in zip(found, readings.table.iter_rows(named=True), strict=True):
         text = model.tokenizer(one.text, add_special_tokens=False)["input_ids"]

@@ -2,6 +2,7 @@
 
     ps.maps.fit(model, texts, [(2, 8), (4, 8)])                between layers of one model
     ps.maps.fit(small, texts, [(2, 5)], target=large)          between two, of any widths and tokenizers (positions aligned by characters)
+    ps.maps.fit(model, texts, "last", ahead=2)                 to the states two tokens later: the linear future lens
 
 All pairs of layers come from the same passes, each text run once in each model; what is kept is said in `least_squares`. Beside the
 held-out error of each map stands what it must be compared with: the **refit floor** (the least error that any affine map could have on
@@ -19,13 +20,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import polars as pl
 import torch
 from torch import Tensor
 
-from patchscopes.core.errors import InputError
+from patchscopes.core.errors import InputError, UnknownName, nearest
 from patchscopes.maps.by_layer import ByLayer
 from patchscopes.maps.files import save_map
 from patchscopes.maps.least_squares import Moments, Sums, as_double
@@ -102,6 +103,7 @@ def fit(
     ridge: float | Literal["auto"] = "auto",
     positions: int | None = None,
     held_out: float = 0.2,
+    ahead: int = 0,
     shuffled: bool = False,
     site: str = "resid",
     seed: int = 0,
@@ -112,17 +114,18 @@ def fit(
     layers     pairs (ℓ, ℓ*); or "last" (every ℓ into L, the linear shortcuts of Din et al. 2023), "same", "all"
     target     M*, if it is another model
     kind       "affine", "low_rank" (with `rank`), "per_direction" (a gain for each coordinate), "mean"
-    ridge      "auto": the one of `RIDGES` that does best from one half of the fitted text to the other, for each pair
+    ridge      "auto": the one of `RIDGES` with which a map of this kind does best from one half of the fitted text to the other, for each
+               pair
     positions  at most so many of each text, drawn; None: all but the first
     held_out   share of the texts that the maps never see
+    ahead      N: from ℓ at position t to ℓ* at t + N of the same text (the linear future lens), in tokens of the target model
     shuffled   fit to pairs that do not belong together, each source with some other position's target: a control, which knows what the
                target's states are like and nothing of what was read. The reports are about true pairs
+
+    UnknownName, InputError or LayerError for what cannot be fitted; VectorError where states are not finite, or for gains between widths.
     """
-    if (rank is None) == (kind == "low_rank"):
-        raise InputError(f"kind is {kind!r} and rank is {rank}; a rank belongs to low_rank, and low_rank to a rank")
-    if not isinstance(ridge, str) and not 0 <= ridge < float("inf"):
-        raise InputError(f"the ridge is {ridge}; expected 'auto' or a number of at least 0")
-    where = states(model, target, layers, site)
+    _require(kind, rank, ridge)
+    where = states(model, target, layers, site, ahead)
     fitted, away = split(texts, held_out, seed)
     seen = where.texts(fitted, positions, seed)
     read = replace(where, dealt=seed) if shuffled else where
@@ -135,7 +138,7 @@ def fit(
     means: dict[tuple[int, int], Map] = {}
     whole = _joined(*halves)
     for pair in where.pairs:
-        lam = _best_ridge(halves[0][pair], halves[1][pair]) if ridge == "auto" else float(ridge)
+        lam = _best_ridge(halves[0][pair], halves[1][pair], kind, rank) if ridge == "auto" else float(ridge)
         moments = whole[pair]
         maps[pair] = _solved(moments, kind, rank, lam)
         means[pair] = moments.mean()
@@ -148,6 +151,7 @@ def fit(
         "source_model": model.provenance(),
         "target_model": None if where.target is model else where.target.provenance(),
         "site": site,
+        "ahead": ahead,
         "kind": kind,
         "texts": {"fitted": len(fitted), "held_out": len(away), "digest": digest_of_texts(texts)},
         "tokens": counts(seen),
@@ -166,18 +170,34 @@ def evaluate(
     layers: str | Pairs = "last",
     *,
     target: Model | None = None,
+    ahead: int = 0,
     site: str = "resid",
     progress: Progress = lambda done, of, what: None,
 ) -> list[FitReport]:
-    """How good any map is between these layers on these texts: its error beside the refit floor and the identity."""
-    where = states(model, target, layers, site)
+    """How good any map is between these layers (and to `ahead` tokens later) on these texts: its error beside the refit floor and the
+    identity."""
+    where = states(model, target, layers, site, ahead)
     maps = {pair: map_between(f, *pair) for pair in where.pairs}
     return _measured(where, where.texts(texts, None, 0), maps, {}, {}, progress)
 
 
+def _require(kind: object, rank: object, ridge: object) -> None:
+    """UnknownName or InputError for settings of no map."""
+    kinds = get_args(Kind)
+    if kind not in kinds:
+        raise UnknownName(f"unknown kind of map {kind!r}. {nearest(str(kind), kinds)}")
+    if (rank is None) == (kind == "low_rank"):
+        raise InputError(f"kind is {kind!r} and rank is {rank}; a rank belongs to low_rank, and low_rank to a rank")
+    if ridge != "auto" and not (isinstance(ridge, int | float) and 0 <= ridge < float("inf")):
+        raise InputError(f"the ridge is {ridge!r}; expected 'auto' or a number of at least 0")
+
+
 def _halves(texts: Sequence[Text]) -> tuple[list[Text], list[Text]]:
-    """Texts in two, alternately; a single one in both, where nothing can be chosen."""
-    return (list(texts[::2]), list(texts[1::2])) if len(texts) > 1 else (list(texts), [])
+    """Texts in two, alternately, and equal ones together: what stood in both halves would be known when the other is told. A single one
+    has no second half; then nothing can be chosen."""
+    number = {text: k for k, text in enumerate(dict.fromkeys(one.source.text for one in texts))}
+    first, second = ([one for one in texts if number[one.source.text] % 2 == half] for half in (0, 1))
+    return first, second
 
 
 def _moments(where: States, texts: Sequence[Text], progress: Progress, what: str) -> dict[tuple[int, int], Moments]:
@@ -213,16 +233,25 @@ def _joined(
     return found
 
 
-def _best_ridge(a: Moments, b: Moments) -> float:
-    """By the error on one half of what was fitted to the other, both ways round. 1e-3 if there are no two halves."""
+def _best_ridge(a: Moments, b: Moments, kind: Kind, rank: int | None) -> float:
+    """By the error on one half of a map of this kind that was fitted to the other, both ways round. 1e-3 if there are no two halves."""
+    if kind == "mean":
+        return 0.0  # it has no weight to hold down
     if a.n < 2 or b.n < 2:
         return 1e-3
-    errors = {ridge: _across(a, b, ridge) + _across(b, a, ridge) for ridge in RIDGES}
+    errors = {ridge: _across(a, b, kind, rank, ridge) + _across(b, a, kind, rank, ridge) for ridge in RIDGES}
     return min(RIDGES, key=lambda ridge: errors[ridge])
 
 
-def _across(fitted: Moments, other: Moments, ridge: float) -> float:
-    w = fitted.weight(ridge)
+def _across(fitted: Moments, other: Moments, kind: Kind, rank: int | None, ridge: float) -> float:
+    if kind == "per_direction":
+        w = fitted.gains(ridge)
+        return other.error(w, fitted.target.mean - w * fitted.source.mean)
+    if rank is None:
+        w = fitted.weight(ridge)
+    else:
+        up, down = fitted.factors(rank, ridge)
+        w = up @ down
     return other.error(w, fitted.target.mean - w @ fitted.source.mean)
 
 

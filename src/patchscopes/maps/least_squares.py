@@ -136,27 +136,37 @@ class Moments:
         w = self.weight(ridge)
         return Affine(w.float().cpu(), (self.target.mean - w @ self.source.mean).float().cpu(), name)
 
-    def low_rank(self, rank: int, ridge: float = 0.0, name: str = "low-rank") -> LowRank:
-        """The best of the given rank (reduced-rank regression, Izenman 1975): W, cut to the directions in which W x varies most."""
-        self._require()
+    def factors(self, rank: int, ridge: float) -> tuple[Float[Tensor, "d_target rank"], Float[Tensor, "rank d_source"]]:
+        """Up and down of the best W of the given rank (reduced-rank regression, Izenman 1975), in float64: W, cut to the directions in
+        which W x varies most. InputError if the rank is none of W's."""
         w = self.weight(ridge)
         if not 1 <= rank <= min(w.shape):
             raise InputError(f"the rank is {rank}; expected 1 to {min(w.shape)}, the lesser width")
         # with a ridge the fitted values vary as W (Cxx + λ) Wᵀ, which is W Cxy
         _, vectors = torch.linalg.eigh((w @ self.cross + (w @ self.cross).T) / 2)
         up = vectors[:, -rank:]
-        bias = self.target.mean - up @ (up.T @ (w @ self.source.mean))
-        return LowRank(up.float().cpu(), (up.T @ w).float().cpu(), bias.float().cpu(), name=name)
+        return up, up.T @ w
 
-    def per_direction(self, ridge: float = 0.0, name: str = "per-direction") -> PerDirection:
-        """The best gain and shift for each coordinate by itself. VectorError if the widths differ."""
+    def low_rank(self, rank: int, ridge: float = 0.0, name: str = "low-rank") -> LowRank:
+        """The best of the given rank."""
         self._require()
+        up, down = self.factors(rank, ridge)
+        bias = self.target.mean - up @ (down @ self.source.mean)
+        return LowRank(up.float().cpu(), down.float().cpu(), bias.float().cpu(), name=name)
+
+    def gains(self, ridge: float) -> Float[Tensor, " d_model"]:
+        """The best gain for each coordinate by itself, in float64. VectorError if the widths differ."""
         if self.cross.shape[0] != self.cross.shape[1]:
             raise VectorError(
                 f"gains by direction need vectors of one width, but sources and targets are {tuple(self.cross.shape)} wide"
             )
         own = self.source.square.diagonal() + self._penalty(ridge)
-        gains = torch.where(own > 0, self.cross.diagonal() / own.clamp(min=torch.finfo(own.dtype).tiny), 0.0)
+        return torch.where(own > 0, self.cross.diagonal() / own.clamp(min=torch.finfo(own.dtype).tiny), 0.0)
+
+    def per_direction(self, ridge: float = 0.0, name: str = "per-direction") -> PerDirection:
+        """The best gain and shift for each coordinate by itself. VectorError if the widths differ."""
+        self._require()
+        gains = self.gains(ridge)
         return PerDirection(gains.float().cpu(), None, (self.target.mean - gains * self.source.mean).float().cpu(), name)
 
     def mean(self, name: str = "mean") -> Mean:
@@ -179,11 +189,16 @@ class Moments:
         """Σ ‖y − ȳ‖²."""
         return float(self.target.square.sum())
 
-    def error(self, weight: Float[Tensor, "d_target d_source"], bias: Float[Tensor, " d_target"]) -> float:
-        """Σ ‖y − W x − b‖² over the pairs seen, without seeing them again. What is left where it is far below `spread` is rounding."""
+    def error(self, weight: Float[Tensor, "d_target *d_source"], bias: Float[Tensor, " d_target"]) -> float:
+        """Σ ‖y − W x − b‖² over the pairs seen, without seeing them again. weight: [d_target, d_source], or the diagonal of such a one,
+        [d_target]. What is left where the error is far below `spread` is rounding."""
         w = weight.to(self.cross)
-        off = self.target.mean - w @ self.source.mean - bias.to(self.cross)
-        inside = self.spread - 2 * float((w * self.cross.T).sum()) + float(((w @ self.source.square) * w).sum())
+        if w.ndim == 1:
+            made, with_targets, squared = w * self.source.mean, w * self.cross.diagonal(), w**2 * self.source.square.diagonal()
+        else:
+            made, with_targets, squared = w @ self.source.mean, w * self.cross.T, (w @ self.source.square) * w
+        off = self.target.mean - made - bias.to(self.cross)
+        inside = self.spread - 2 * float(with_targets.sum()) + float(squared.sum())
         return max(inside, 0.0) + self.n * float(off @ off)
 
     def floor(self) -> float:

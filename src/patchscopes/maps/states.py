@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from patchscopes.core.errors import InputError, LayerError, RefusedError
 from patchscopes.core.layers import resolve_layers
 from patchscopes.core.sites import SCOPED
+from patchscopes.engine.run import Run
 from patchscopes.maps.align import aligned
 from patchscopes.model.model import Model
 from patchscopes.model.tokens import Tokens
@@ -35,13 +36,15 @@ class Text:
 @dataclass(frozen=True, eq=False)
 class States:
     """Where maps go: pairs of layers (ℓ, ℓ*) of a source and a target model, at one site. dealt: the seed by which the target's states of
-    a chunk are dealt out anew, so that they belong to other positions; None: they are not."""
+    a chunk are dealt out anew, so that they belong to other positions; None: they are not. ahead: how many of the target's tokens later its
+    states are read than the source's."""
 
     source: Model
     target: Model
     pairs: tuple[tuple[int, int], ...]
     site: str
     dealt: int | None = None
+    ahead: int = 0
 
     @property
     def source_layers(self) -> list[int]:
@@ -59,7 +62,7 @@ class States:
         for text in texts:
             own = self.source.tokens(text)
             other = own if self.target is self.source else self.target.tokens(text)
-            both = aligned(own, other)
+            both = [(i, j + self.ahead) for i, j in aligned(own, other) if _within(other, j + self.ahead)]
             some = both
             if positions is not None and len(both) > positions:
                 some = sorted(random.Random(f"{seed} {digest_of_texts([text])}").sample(both, positions))
@@ -67,7 +70,7 @@ class States:
         if not any(text.positions for text in found):
             raise InputError(
                 f"none of the {len(texts)} texts has a position to compare (tokens of both models that end at one character, the first of "
-                "a text left out); give longer texts"
+                f"a text left out{f', with {self.ahead} more behind them' if self.ahead else ''}); give longer texts"
             )
         return found
 
@@ -78,19 +81,29 @@ class States:
         while queue:
             size = max(1, TOKENS_AT_ONCE // max(len(queue[-1].source), len(queue[-1].target)))
             batch, queue = queue[-size:], queue[:-size]
+            own, other = [text.source for text in batch], [text.target for text in batch]
+            here = [[i for i, _ in text.positions] for text in batch]
+            there = [[j for _, j in text.positions] for text in batch]
             if self.target is self.source:
-                x = y = _read(self.source, batch, {*self.source_layers, *self.target_layers}, self.site, of_target=False)
+                run = _run(self.source, own, {*self.source_layers, *self.target_layers}, self.site)
+                x = _taken(run, here, self.source_layers, self.site)
+                y = _taken(run, there, self.target_layers, self.site)
             else:
-                x = _read(self.source, batch, self.source_layers, self.site, of_target=False)
-                y = _read(self.target, batch, self.target_layers, self.site, of_target=True)
-                y = {layer: one.to(self.source.device) for layer, one in y.items()}
+                x = _taken(_run(self.source, own, self.source_layers, self.site), here, self.source_layers, self.site)
+                y = _taken(_run(self.target, other, self.target_layers, self.site), there, self.target_layers, self.site)
+            x, y = ({layer: one.to(self.source.device) for layer, one in each.items()} for each in (x, y))
             if generator is not None:
                 order = torch.randperm(len(next(iter(y.values()))), generator=generator)
                 y = {layer: one[order.to(one.device)] for layer, one in y.items()}
             yield x, y, batch
 
 
-def states(source: Model, target: Model | None, layers: str | Pairs, site: str) -> States:
+def _within(tokens: Tokens, position: int) -> bool:
+    """Whether a token of the text stands there, and none that a tokenizer added."""
+    return position < len(tokens) and not tokens.special[position]
+
+
+def states(source: Model, target: Model | None, layers: str | Pairs, site: str, ahead: int = 0) -> States:
     """Layers resolved and everything checked.
 
     layers: pairs (ℓ, ℓ*), negative from the end; or "same" (ℓ* = ℓ), "last" (every ℓ < L into L), "all" (every pair).
@@ -103,6 +116,8 @@ def states(source: Model, target: Model | None, layers: str | Pairs, site: str) 
             )
     if site not in SCOPED:
         raise InputError(f"maps are fitted at {', '.join(SCOPED)}, not at {site!r}")
+    if ahead < 0:
+        raise InputError(f"ahead is {ahead}; expected a number of tokens, at least 0")
     top, other = (model.n_layers - (site != "resid") for model in (source, target))
     if layers == "same":
         if top != other:
@@ -118,7 +133,7 @@ def states(source: Model, target: Model | None, layers: str | Pairs, site: str) 
         pairs = [(resolve_layers(s, top)[0], resolve_layers(t, other)[0]) for s, t in layers]
     if not pairs:
         raise LayerError("no layers were named; expected at least one pair")
-    return States(source, target, tuple(dict.fromkeys(pairs)), site)
+    return States(source, target, tuple(dict.fromkeys(pairs)), site, ahead=ahead)
 
 
 def split(texts: Sequence[str], held_out: float, seed: int) -> tuple[list[str], list[str]]:
@@ -151,13 +166,15 @@ def counts(texts: Sequence[Text]) -> dict[str, int]:
     }
 
 
-def _read(model: Model, batch: Sequence[Text], layers: set[int] | list[int], site: str, *, of_target: bool) -> dict[int, Tensor]:
-    run = model.run(
-        [text.target if of_target else text.source for text in batch], read=[f"{site}.{layer}" for layer in sorted(layers)]
-    )
+def _run(model: Model, prompts: Sequence[Tokens], layers: Iterable[int], site: str) -> Run:
+    return model.run(prompts, read=[f"{site}.{layer}" for layer in sorted(layers)])
+
+
+def _taken(run: Run, positions: Sequence[Sequence[int]], layers: Iterable[int], site: str) -> dict[int, Tensor]:
+    """What stands at the positions of each prompt, [row, d_model] of each layer."""
     rows, columns = [], []
-    for row, text in enumerate(batch):
+    for row, some in enumerate(positions):
         real = run.mask[row].nonzero()[:, 0].tolist()
-        rows += [row] * len(text.positions)
-        columns += [real[pair[of_target]] for pair in text.positions]
-    return {layer: run[f"{site}.{layer}"][rows, columns].to(model.device) for layer in sorted(layers)}
+        rows += [row] * len(some)
+        columns += [real[p] for p in some]
+    return {layer: run[f"{site}.{layer}"][rows, columns] for layer in layers}

@@ -33,7 +33,6 @@ from patchscopes.scopes.source import Source, look
 EXAMPLES = (("man", "1135", "hello"), ("bear", "42", "blue"), ("921", "target", "anna"))  # of the published code
 ALPHAS = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
 SHUFFLES = 999
-POSITIONS = (0, 1, 2, 3, 4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,10 +101,11 @@ def difference_scope(
 
 def in_all(readings: Readings, model: Model, k: int = 10) -> pl.DataFrame:
     """Tokens among the k likeliest next ones of *every* target prompt: a row for each vector, layer, map, control and token, with `p`, the
-    mean over prompts, the likeliest first. The readings must keep their logits. `control` says what a random vector brings forth so."""
+    mean over prompts, the likeliest first. The readings must keep their logits. `control` says what another vector, a random one or
+    another source's, brings forth so: the same one in all prompts."""
     if readings.logits is None:
         raise InputError("these readings have no logits; call the scope with keep_logits=True")
-    keys = ["prompt_text", "source_layer", "target_layer", "map", "control"]
+    keys = ["prompt", "prompt_text", "position", "source_layer", "target_layer", "map", "control"]
     top = readings.logits.float().softmax(-1).topk(min(k, readings.logits.shape[-1]))
     table = readings.table.select(*keys, "target").with_columns(
         token_id=pl.Series(top.indices.tolist()), p=pl.Series(top.values.double().tolist())

@@ -5,7 +5,7 @@
 Hernandez et al. 2024, "Linearity of Relation Decoding in Transformer Language Models": W is the mean Jacobian of a relation's object
 state at layer L with respect to its subject state at layer ℓ, over some examples, b what is left over, β a scale. In the taxonomy of
 Ghandeharioun et al. 2024 (tables 1 and 4): ℓ* = L*, T = S, f linear with extra variables; what is written at the last layer of the
-position that is read depends on nothing else of T. Any map from ℓ to L may take W's place.
+position that is read depends on nothing else of T. `lenses.relation_map` makes W and b; any map from ℓ to L may take their place.
 """
 
 from __future__ import annotations

@@ -109,19 +109,23 @@ class Controls:
 
     def runs(self, cell: Cell, own: Tensor) -> Iterator[tuple[str, str, Tokens | None, Tensor | None]]:
         """Every control run of a cell that writes the state `own`: (kind, key, prompt, state), of another prompt or with another state
-        or none. A key says all that a run hangs on: runs of equal key are one, and draw from the same seed."""
+        or none. A key says all that a run hangs on: runs of equal key are one, and draw from the same seed.
+
+        The direction that is drawn, and the source that is chosen, are one for all maps, target prompts, target layers and draws of what
+        the cell reads, as its own state is: what is said in all of them, or in the best, is compared with what one other vector says in
+        all, or at best."""
         viewing = self.viewing
+        one = viewing.read_identity(cell)
         target, span = viewing.target_of(cell), viewing.places[cell.place].span
         at = f"{cell.source_layer} {target.digest} {cell.target_layer} {viewing.map_digest(cell)} {cell.draw}"
         at += f" span {span}" if span > 1 else ""
         yield "nothing", f"nothing {target.digest} {cell.draw}", None, None
-        key = f"random {viewing.identity(cell)}"
-        yield "random", key, None, random_like(own[None], f"{self.seed} {key}")[0]
+        yield "random", f"random {viewing.identity(cell)}", None, random_like(own[None], f"{self.seed} random {one}")[0]
         others = [
             (which, state) for which in self.others(cell.place) if (state := self.state(which, cell, second=False)) is not None
         ]
         if others:
-            (kind, k), state = others[seed_of(f"{self.seed} other {viewing.identity(cell)}") % len(others)]
+            (kind, k), state = others[seed_of(f"{self.seed} other {one}") % len(others)]
             chosen = (self.pool if kind == "pool" else viewing.places)[k].digest
             yield "other", f"other {chosen} {at}", None, viewing.mapped(cell, state)
             mean = torch.stack([state for _, state in others]).mean(0)

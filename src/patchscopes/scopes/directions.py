@@ -7,7 +7,8 @@ nothing is heard, too long and the model breaks. Kharlapenko et al. 2024, "Self-
 choose the length without labels, by self-similarity and entropy (`superscopes.criterion`).
 
 What is chosen out of many lengths must be compared with a null that chooses out of as many: random directions, through the same search.
-`p_value` is the rank of s − H / log₂ vocab (s self-similarity, H entropy in bits, both at the length chosen) among theirs.
+`p_value` is the rank of s − H / log₂ vocab (s self-similarity, H entropy in bits, both at the length chosen) among theirs. Random
+directions are as long as the one that they are compared with; where every map sets the length itself, one set serves all.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ N_NULL = 24  # random directions: the smallest p-value is 1/25
 @dataclass(frozen=True)
 class Explained:
     """table: a row a direction: `label`, `map` (the length chosen), `text`, `self_similarity`, `entropy` (bits), `p_value`.
-    every: a row a direction and length, random directions among them (`null`)."""
+    every: a row a direction and length, random directions among them (`null`); `norm`, of the direction as it was given, or of those that a
+    random one is compared with."""
 
     table: pl.DataFrame
     every: pl.DataFrame
@@ -63,25 +65,35 @@ def explain(
 ) -> Explained:
     """What `scope`, whose maps are the lengths to choose from, says of each direction at the length that the criterion chooses.
 
-    layer: the layer that the directions live at; read: where self-similarity is taken
+    layer: the layer that the directions live at; read: where self-similarity is taken; n_null: random directions for each length that
+    directions have. InputError for labels that are not one for each direction, or not distinct.
     """
     rows = torch.atleast_2d(directions).detach().to(model.device, model.dtype)
     names = list(labels) or [f"direction {k}" for k in range(len(rows))]
-    noise = random_like(rows[:1].expand(n_null, -1), f"{seed} directions")
-    every = []
-    for vectors, called in ((rows, names), (noise, [f"random {k}" for k in range(n_null)])):
-        if len(vectors):
-            source = Source.of_vectors(model, vectors, layer=layer, labels=called)
-            every.append(criterion(scope, source, read=read).with_columns(null=pl.lit(vectors is noise)))
-    found = pl.concat(every).rename({"prompt_text": "label"})
+    if len(set(names)) != len(rows) or len(names) != len(rows):
+        raise InputError(f"there are {len(rows)} directions with the labels {names}; expected one for each, all different")
+    norms, groups = rows.float().norm(dim=-1).tolist(), _groups(rows, scope)
+
+    def measured(vectors: Tensor, called: Sequence[str], of: Sequence[int], null: bool) -> pl.DataFrame:
+        source = Source.of_vectors(model, vectors, layer=layer, labels=called)
+        known = pl.DataFrame({"label": called, "null": null, "group": [groups[k] for k in of], "norm": [norms[k] for k in of]})
+        return criterion(scope, source, read=read).rename({"prompt_text": "label"}).join(known, on="label", maintain_order="left")
+
+    every = [measured(rows, names, range(len(rows)), False)]
+    for first in dict.fromkeys(groups) if n_null else ():
+        noise = random_like(rows[first : first + 1].expand(n_null, -1), f"{seed} directions")
+        every.append(measured(noise, [f"random {k}" for k in range(n_null)], [first] * n_null, True))
+    found = pl.concat(every)
     statistic = pl.col("self_similarity") - pl.col("entropy") / log2(model.vocab)
     found = found.with_columns(statistic=statistic)
     best = found.sort("criterion", descending=True, maintain_order=True).unique(
-        ["label", "null"], keep="first", maintain_order=True
+        ["label", "null", "group"], keep="first", maintain_order=True
     )
-    null = torch.tensor(best.filter("null")["statistic"].to_list(), dtype=torch.float64)
     own = best.filter(~pl.col("null"))
-    p = [(1 + int((null >= one).sum())) / (n_null + 1) for one in own["statistic"]] if n_null else [None] * len(own)
+    p = []
+    for statistic, first in own.select("statistic", "group").iter_rows():
+        null = best.filter(pl.col("null"), pl.col("group") == first)["statistic"]
+        p.append((1 + int((null >= statistic).sum())) / (n_null + 1) if n_null else None)
     texts = _texts(model, rows, names, scope, layer, dict(own.select("label", "map").iter_rows()))
     columns = ("label", "map", "self_similarity", "entropy")
     table = own.select(columns).with_columns(
@@ -89,7 +101,16 @@ def explain(
     )
     order = {name: k for k, name in enumerate(names)}
     table = table.sort(pl.col("label").replace_strict(order, return_dtype=pl.Int64))
-    return Explained(table, found)
+    return Explained(table, found.drop("group"))
+
+
+def _groups(rows: Float[Tensor, "row d_model"], scope: Patchscope) -> list[int]:
+    """Of each direction the number of the first with which it has its null in common: one as long, or any if no map minds the length."""
+    maps = [scope.map] if callable(scope.map) else list(scope.map)
+    if all(isinstance(f, NormMatch) and f.before is None for f in maps):
+        return [0] * len(rows)
+    first: dict[str, int] = {}
+    return [first.setdefault(f"{norm:.5g}", k) for k, norm in enumerate(rows.float().norm(dim=-1).tolist())]
 
 
 def _texts(

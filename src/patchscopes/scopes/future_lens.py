@@ -4,7 +4,8 @@ Pal et al. 2023, "Future Lens: Anticipating Subsequent Tokens from a Single Hidd
 the state at layer ℓ and position t, what comes at t + 1, t + 2, … Three ways:
 
     fixed prompt   T asks for what is to come, i* = its last token, ℓ* = ℓ, f = identity: `future_lens`
-    linear         a map from ℓ at t to the last layer at t + N, read through the head: `linear_shortcut` of a map that was fitted so
+    linear         a map from ℓ at t to the last layer at t + N, read through the head, which says what comes at t + N + 1:
+                   `linear_shortcut(maps.fit(model, texts, "last", ahead=N))`
     soft prompt    T is ten learned embeddings, i* = the last of them, ℓ* = ℓ: `lenses.train_soft_prompt`
 
 The paper's four fixed prompts are `FUTURE_PROMPTS`; the readings of all of them are one call, with `target` in the table.

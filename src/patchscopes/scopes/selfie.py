@@ -22,7 +22,6 @@ from torch import Tensor
 
 from patchscopes.core.errors import InputError
 from patchscopes.core.layers import Layers
-from patchscopes.core.names import SLOT
 from patchscopes.engine.score import Case, scores
 from patchscopes.maps import Identity, Map
 from patchscopes.model.model import Model
@@ -31,6 +30,7 @@ from patchscopes.scopes.patchscope import Patchscope
 from patchscopes.scopes.source import Source
 from patchscopes.scopes.viewing import Viewing
 
+PLACEHOLDER = "_"  # what later tokens see of it below the target layer is part of the method
 PLACEHOLDERS = 5
 ANSWER = "Sure, I will summarize the message:"
 
@@ -48,8 +48,11 @@ def selfie(
     """The SelfIE scope: the state at `placeholders` places of a user's turn, and the beginning of the model's answer."""
     if placeholders < 1:
         raise InputError(f"placeholders is {placeholders}; expected at least 1")
-    prompt = f"[INST] {' '.join([SLOT] * placeholders)} [/INST] {answer}"
-    return Patchscope(prompt, layer=layer, map=map, model=model, max_new_tokens=max_new_tokens, stop=stop, name="selfie")
+    prompt = f"[INST] {' '.join([PLACEHOLDER] * placeholders)} [/INST] {answer}"
+    places = [f"{PLACEHOLDER}#{k + 1}" for k in range(placeholders)]
+    return Patchscope(
+        prompt, position=places, layer=layer, map=map, model=model, max_new_tokens=max_new_tokens, stop=stop, name="selfie"
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from patchscopes.core.errors import InputError
+from patchscopes.core.layers import Layers
 from patchscopes.core.sites import Site
 from patchscopes.engine.edits import Placed
 from patchscopes.engine.rows import Row
@@ -45,12 +46,17 @@ AT_ONCE = 64  # runs of one pass
 
 
 def superscope(
-    alphas: Sequence[int | float] = ALPHAS, *, scope: Patchscope | None = None, layer: int | str | Sequence[int] = 1
+    alphas: Sequence[int | float] = ALPHAS, *, scope: Patchscope | None = None, layer: Layers | None = None
 ) -> Patchscope:
-    """Every state at every α, through `scope` (absent: entity description, written at layer 1, 10 tokens, as in the application)."""
+    """Every state at every α, through `scope` (absent: entity description, written at `layer`, 1 by default, 10 tokens, as in the
+    application). InputError without α, or for a layer beside a scope, which has its own."""
     if not alphas:
         raise InputError("alphas is empty; expected at least one")
-    through = replace(describe(max_new_tokens=10), layer=layer, name="superscope") if scope is None else scope
+    if scope is not None and layer is not None:
+        raise InputError(f"layer is {layer}, but the scope has its own, {scope.layer}; set it there, or leave the scope out")
+    through = (
+        replace(describe(max_new_tokens=10), layer=1 if layer is None else layer, name="superscope") if scope is None else scope
+    )
     return replace(through, map=[Scale(float(alpha)) for alpha in alphas])
 
 

@@ -107,6 +107,10 @@ class Viewing:
         place, target = self.places[cell.place].digest, self.target_of(cell).digest
         return f"{place} {cell.source_layer} {target} {cell.target_layer} {self.map_digest(cell)} {cell.draw}"
 
+    def read_identity(self, cell: Cell) -> str:
+        """The content of what a cell reads: the same under every map, in all target prompts, target layers and draws."""
+        return f"{self.places[cell.place].digest} {cell.source_layer}"
+
     def target_of(self, cell: Cell) -> Target:
         """T with i* of a cell: where the source was read with position="same", and as wide as the source's span."""
         place = self.places[cell.place]
