@@ -235,7 +235,8 @@ def test_questions_without_a_stranger_are_left_out_of_its_figures_and_told() -> 
     scores = tries.figures(found, np.ones(2, bool), ["a", "b", "c", "d"])
     assert (scores["any_of_N other"].value, scores["any_of_N other"].n, scores["compared"]) == (1.0, 1, 1)
     assert scores["over_other"].value == 0 and scores["any_of_N none"].n == 4
-    assert "for 3 of 4 questions" in tries.alone({"last": found})[0]
+    (note,) = tries.alone({"bridge": found, "last": found, "whole": own})
+    assert note.startswith("bridge, last: for 3 of 4 questions no other question")
     assert "any_of_N other" not in tries.figures(
         tries.beside(own, table, [None] * 4, [NEPAL] * 4, "paper"), np.ones(2, bool), "abcd"
     )
@@ -394,7 +395,8 @@ def test_windows_end_with_the_blocks() -> None:
     assert set(hop_stages.windows(4, 9)) == {(0, 3)}
 
 
-def test_a_knockout_of_a_window_equals_a_full_pass_with_masks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("behind", [2, 3])
+def test_a_knockout_of_a_window_equals_a_full_pass_with_masks(behind: int, tmp_path: Path) -> None:
     import torch
     from families import blocks_of, loaded
     from oracle import error
@@ -406,7 +408,7 @@ def test_a_knockout_of_a_window_equals_a_full_pass_with_masks(tmp_path: Path) ->
     ids = model.tokens(text).ids
     n = len(ids)
     source = ps.Source(model, text, layer=0)
-    scopes = hop_stages.knock_outs(model.n_layers, 1, 1, tmp_path)
+    scopes = hop_stages.knock_outs(model.n_layers, 1, 1, tmp_path, behind)
     assert [scope["name"] for scope in scopes] == ["-1", *map(str, range(model.n_layers))]
     seen = []
     for scope in scopes:
@@ -417,7 +419,7 @@ def test_a_knockout_of_a_window_equals_a_full_pass_with_masks(tmp_path: Path) ->
             first, last = hop_stages.windows(model.n_layers, 1)[int(scope["name"])]
             window = range(first, last + 1)
         hidden = torch.full((n, n), torch.finfo(torch.float32).min).triu(1)
-        hidden[-1, -2] = torch.finfo(torch.float32).min
+        hidden[-1, -behind] = torch.finfo(torch.float32).min
 
         def hide(_module, args, kwargs, hidden=hidden):
             return args, {**kwargs, "attention_mask": hidden[None, None]}

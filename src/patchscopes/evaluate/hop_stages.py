@@ -36,6 +36,7 @@ from patchscopes.evaluate.hops import (
     ending_in_slot,
     filtered,
     funnel,
+    lacking,
     questions_of,
     right,
     said,
@@ -132,11 +133,8 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
     read = tries.read(table, [[(place, one.text) for place in ("bridge", "last")] for one in everyone])
     other = dict(zip(everyone, strangers(everyone, asked.seed, read), strict=True))
     found = {name: [stages(table, one, settings.test, other[one]) for one in some] for name, some in groups.items()}
-    if lacking := sum(one is None for one in other.values()):
-        notes.append(
-            f"for {lacking:,} of {len(everyone):,} questions no other question of the same second relation, with another bridge and "
-            "another answer, was there; the figures of another question's state are without them"
-        )
+    if note := lacking(sum(one is None for one in other.values()), len(everyone)):
+        notes.append(note)
     hidden = set(table.filter(table["part"].str.starts_with("knock-out"))["prompt_text"])
     if unhidden := sum(one.text not in hidden for one in everyone):
         notes.append(

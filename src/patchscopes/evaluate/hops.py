@@ -321,6 +321,15 @@ def strangers(questions: Sequence[Question], seed: int = 0, read: Sequence[bool]
     return found
 
 
+def lacking(n: int, of: int) -> str | None:
+    """What must be told where `n` of so many questions have no stranger."""
+    told = (
+        f"for {n:,} of {of:,} questions no other question of the same second relation, with another bridge and another answer, was there; "
+        "the figures of another question's state are without them"
+    )
+    return told if n else None
+
+
 def _strange(question: Question, other: Question) -> bool:
     mine = [name.lower() for name in (*question.e2, *question.e3)]
     theirs = [name.lower() for name in (other.e1, *other.e2, *other.e3)]

@@ -11,7 +11,7 @@ import numpy as np
 
 from patchscopes.evaluate import statistics
 from patchscopes.evaluate.frame import Heat
-from patchscopes.evaluate.hops import Question, right
+from patchscopes.evaluate.hops import Question, lacking, right
 
 if TYPE_CHECKING:
     import polars as pl
@@ -87,13 +87,11 @@ def read(table: pl.DataFrame, wanted: Iterable[Iterable[tuple[str, str]]]) -> li
 
 def alone(found: Mapping[str, Hits]) -> list[str]:
     """What must be told of questions with which no other question's state could be compared; found: by place or form."""
-    lacking = {name: int((~hits.compared).sum()) for name, hits in found.items() if hits.compared is not None}
-    return [
-        f"{name}: for {n:,} of {len(found[name].hits['none']):,} questions no other question of the same second relation, with another "
-        "bridge and another answer, was there; the figures of another question's state are without them"
-        for name, n in lacking.items()
-        if n
-    ]
+    told: dict[str, list[str]] = {}
+    for name, hits in found.items():
+        if hits.compared is not None and (note := lacking(int((~hits.compared).sum()), len(hits.compared))):
+            told.setdefault(note, []).append(name)
+    return [f"{', '.join(names)}: {note}" for note, names in told.items()]
 
 
 def figures(
