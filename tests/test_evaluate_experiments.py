@@ -229,10 +229,10 @@ def test_what_differs_from_the_paper_is_told_default_or_not() -> None:
 
     assert told(entity.Settings()) == (
         "source = 'mention' instead of 'name'",
-        "layers = '1:-1' instead of '1:10'",
+        "layers = '1:-1' instead of '1:11'",
         "stop = (',', '\\n') instead of ()",
     )
-    papers = chosen_settings(entity.Settings, {"source": "name", "layers": "1:10", "stop": ""})
+    papers = chosen_settings(entity.Settings, {"source": "name", "layers": "1:11", "stop": ""})
     assert told(papers) == () and told(dataclasses.replace(papers, tokens=20)) == ("tokens = 20 instead of 50",)
     assert "at_least = 4 instead of 15" in told(attribute.Settings()) and told(attribute.Settings(at_least=15, probe=0)) == (
         "probe = 0 instead of 'all'",

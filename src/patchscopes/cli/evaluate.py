@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # name: (module, what it asks). A module has TITLE, PAPER, Settings, plan and evaluate (see `evaluate.frame`).
 EXPERIMENTS = {
     "next-token": ("patchscopes.evaluate.next_token", "is the next token readable, layer by layer?"),
+    "lens-pass": ("patchscopes.evaluate.lens_pass", "does a lens name what a model has in mind, at some layer?"),
     "attribute": ("patchscopes.evaluate.attribute", "can attributes of an entity be extracted, beside a probe?"),
     "entity": ("patchscopes.evaluate.entity", "do descriptions of an entity state true facts?"),
     "superscopes": ("patchscopes.evaluate.superscopes", "do amplified states say more that is true, and which α does?"),
@@ -57,7 +58,7 @@ def evaluate(
         Path | None,
         typer.Option(
             "--data",
-            help="A file or folder in a public format (attribute TSVs, LRE, PopQA, two-hop CSVs, words, texts). "
+            help="A file or folder in a public format (attribute TSVs, LRE, PopQA, two-hop CSVs, lens items, words, texts). "
             "Default: what the bundled model knows.",
             show_default=False,
         ),

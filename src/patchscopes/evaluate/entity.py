@@ -59,7 +59,7 @@ class Settings:
 
     source: Literal["mention", "name"] = paper("mention", "name")
     tokens: int = 50
-    layers: str = paper("1:-1", "1:10")
+    layers: str = paper("1:-1", "1:11")
     stop: tuple[str, ...] = paper((",", "\n"), ())
     spread: Literal["here", "below"] = "here"
 

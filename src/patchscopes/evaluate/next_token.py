@@ -79,11 +79,11 @@ def evaluate(asked: Asked, settings: Settings | None = None, more: Sequence[Part
     return _result(run, own, deviations, (*notes, *caveats_of([run])), asked.seed)
 
 
-def _lens(asked: Asked, settings: Settings) -> list[Part]:
+def tuned_lens_parts(asked: Asked, lens: str | None) -> list[Part]:
     """The tuned lens as a part: h at layer ℓ < L goes through the layer's map into the last layer. NotAvailableError if there is none at
     the path."""
     there = bundled_lenses()
-    path = there.get(str(asked.spec.name)) if settings.lens is None else there.get(settings.lens, Path(settings.lens))
+    path = there.get(str(asked.spec.name)) if lens is None else there.get(lens, Path(lens))
     if path is None:
         return []
     if not (path.is_file() or (path.is_dir() and is_lens(path))):
@@ -107,7 +107,7 @@ def _prompts(asked: Asked, settings: Settings) -> tuple[list[dict[str, Any]], li
         notes.append(f"{len(found) - len(kept):,} of {len(found):,} texts were left out: empty, there twice, or too long.")
     rng = random.Random(f"{asked.seed} next-token")
     rng.shuffle(kept)
-    tokens = _tokenizer(asked)
+    tokens = tokenizer_of(asked)
     prompts: list[dict[str, Any]] = []
     unread: list[str] = []
     for text in kept:
@@ -168,7 +168,7 @@ def _row(line: str, where: str) -> dict[str, Any]:
     return row
 
 
-def _tokenizer(asked: Asked) -> Any:
+def tokenizer_of(asked: Asked) -> Any:
     """Counts tokens as the model does; no weights are loaded."""
     if asked.models is not None:
         return next(iter(asked.models.values())).tokens
@@ -184,7 +184,7 @@ def _experiment(asked: Asked, settings: Settings, prompts: list[dict[str, Any]],
     # what the model itself says is the lens at the last layer: it comes first, since what is asked for twice is made once
     layers = "all" if LENS in settings.scopes else -1
     parts.insert(0, {"name": LENS, "layers": layers, "scope": [{"name": LENS, **SCOPES[LENS]}]})
-    parts += [*_lens(asked, settings), *more]
+    parts += [*tuned_lens_parts(asked, settings.lens), *more]
     return Experiment.model_validate(
         {
             "name": "next-token",

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 TITLE = "Superscopes"
 PAPER = "Jacobi and Niv 2025, Superscopes (arXiv 2503.02078)"
-EACH, QUICK, WORDS = 5, 2, 2
+EACH, QUICK, WORDS = 3, 2, 2
 DEVIATIONS = (
     "A text counts if it states a true fact that the name does not say; the paper's if a sentence encoder finds it near the source "
     "prompt, so that an echo of the prompt counts.",
