@@ -47,8 +47,8 @@ class Patchscope:
     edits           further edits of every target run (see `Edit`): attention knocked out, a head steered, at the prompt or at later
                     tokens. Controls run under them too
     guidance        w: tokens are chosen by p + w (p − u), p the logits with the state in place and u those of the same text without it
-                    (classifier-free guidance). Then `logprob`, `logits` and evidence are those of p + w (p − u), of runs in which nothing is
-                    written (`nothing`, `text`) those of p
+                    (classifier-free guidance). Then `logprob`, `logits` and evidence are those of p + w (p − u); of runs in which nothing
+                    is written (`nothing`, `text`) those of p
     temperature     0: greedy; else `draws` texts are sampled for every cell, from seeds that depend on `seed` and the cell alone
     second_look     the neutral text behind which sources are read again for their evidence
     """
