@@ -34,7 +34,7 @@ def relation_map(
     subjects: Sequence[Position],
     layer: int,
     *,
-    beta: float = 1.0,
+    beta: int | float = 1.0,
     name: str = "relation",
     dims_at_once: int = 32,
     progress: Progress = lambda done, of, what: None,
