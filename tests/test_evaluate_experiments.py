@@ -261,7 +261,8 @@ def test_the_page_shows_text_as_text() -> None:
     text = page(evil_result())
     assert "<script" not in text and 'onload="x' not in text.replace("&quot;", "'")
     assert "\u202e" not in text and "50.0% (25.0% to 75.0%)" in text and "50.0% (interval unknown)" in text
-    assert len(re.findall("<svg", text)) == 2 and len(re.findall("<figure", text)) == 2
+    assert len(re.findall("<svg", text)) == 3 and len(re.findall("<figure", text)) == 3
+    assert "<image" not in text  # the page's policy shows none
     assert not re.search(r"""(?:src|href)=["'](?!#)""", text.replace("xmlns:xlink", ""))  # nothing is fetched
     assert len(re.findall(r' id="([^"]+)"', text)) == len(set(re.findall(r' id="([^"]+)"', text)))
 
@@ -269,7 +270,7 @@ def test_the_page_shows_text_as_text() -> None:
 def test_figures_are_files_that_are_equal_when_drawn_again(tmp_path: Path) -> None:
     first = save_figures(evil_result().figures, tmp_path / "a")
     again = save_figures(evil_result().figures, tmp_path / "b")
-    assert [path.name for path in first] == ["lines.png", "lines.svg", "bars.png", "bars.svg"]
+    assert [path.name for path in first] == [f"{name}.{kind}" for name in ("lines", "bars", "heat") for kind in ("png", "svg")]
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(first, again, strict=True))
 
 
