@@ -15,7 +15,7 @@ import patchscopes as ps
 from patchscopes import PatchscopesError
 from patchscopes.evaluate import attribute, entity, next_token, planted, probe, scoring, statistics
 from patchscopes.evaluate.data import Items
-from patchscopes.evaluate.frame import Asked, Bars, Line, Lines, Result, Table, Unfinished, chosen_settings, settings_of
+from patchscopes.evaluate.frame import Asked, Bars, Heat, Line, Lines, Result, Table, Unfinished, chosen_settings, settings_of
 from patchscopes.evaluate.statistics import Estimate
 from patchscopes.runs import Stop
 from patchscopes.views.evaluation import page, save_figures
@@ -252,6 +252,7 @@ def evil_result() -> Result:
     figures = (
         Lines("lines", f"$a^b$ {EVIL}", "ℓ", EVIL, (Line(EVIL, (0.0, 1.0), (0.5, float("nan"))),)),
         Bars("bars", EVIL, EVIL, (EVIL, "b"), ((EVIL, (estimate, lone)),)),
+        Heat("heat", EVIL, EVIL, EVIL, (EVIL, "b"), ("c",), ((0.5,), (float("nan"),)), EVIL, (0, 0)),
     )
     table = Table("t", EVIL, ("text", EVIL), ((EVIL, 0.5), ("b", estimate), ("c", lone)), (EVIL,))
     return Result("x", EVIL, EVIL, (EVIL,), {EVIL: estimate}, {EVIL: EVIL}, (table,), figures, {"k": EVIL}, (EVIL,), (EVIL,))
