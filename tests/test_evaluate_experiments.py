@@ -252,7 +252,7 @@ def evil_result() -> Result:
     figures = (
         Lines("lines", f"$a^b$ {EVIL}", "ℓ", EVIL, (Line(EVIL, (0.0, 1.0), (0.5, float("nan"))),)),
         Bars("bars", EVIL, EVIL, (EVIL, "b"), ((EVIL, (estimate, lone)),)),
-        Heat("heat", EVIL, EVIL, EVIL, (EVIL, "b"), ("c",), ((0.5,), (float("nan"),)), EVIL, (0, 0)),
+        Heat("heat", EVIL, "ℓ", EVIL, ("1", "<b>"), ("c",), ((0.5,), (float("nan"),)), "share", (0, 0)),
     )
     table = Table("t", EVIL, ("text", EVIL), ((EVIL, 0.5), ("b", estimate), ("c", lone)), (EVIL,))
     return Result("x", EVIL, EVIL, (EVIL,), {EVIL: estimate}, {EVIL: EVIL}, (table,), figures, {"k": EVIL}, (EVIL,), (EVIL,))
