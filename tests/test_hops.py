@@ -305,7 +305,7 @@ def test_back_patching_on_atlas_is_recorded_and_instant_again(tmp_path: Path) ->
     assert set(strange["prompt_text"]) <= set(result.runs[1].table()["prompt_text"])  # other questions, none of the pool
     assert found["any_of_N other"].n == found["compared"] and found["any_of_N none"].n == 3
     assert (found["compared"] < 3) == any("no other question" in one for one in result.caveats)
-    assert "most = 3 instead of None" in result.deviations
+    assert "tokens = 4 instead of 10" in result.deviations
     json.dumps(result.to_json())
     again = back_patching.evaluate(asked, settings)
     assert [run.id for run in again.runs] == [run.id for run in result.runs]
