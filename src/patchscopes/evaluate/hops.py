@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from patchscopes.experiment.spec import Experiment
     from patchscopes.runs import Run
 
-FILTERS = ("first_hop", "second_hop", "composition", "entity_shortcut", "relation_shortcut")
 SINGLE_HOPS = ("prompt1", "prompt2")  # of two-hop items whose hops are asked apart, one JSON object a line
 COLUMNS = ("e1_label", "e2_label", "e3_label", "e2_aliases", "e3_aliases", "r1_template", "r2_template")
 

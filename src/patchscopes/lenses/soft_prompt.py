@@ -43,11 +43,11 @@ from patchscopes.core.layers import resolve_layers
 from patchscopes.engine.run import Run
 from patchscopes.lenses.descent import CHECKPOINT, TOLD, State, TrainingProgress, claim, descend
 from patchscopes.lenses.report import made_from
-from patchscopes.lenses.windows import Window, as_tokens, digest_of, own_windows, require_one_stream, windows
+from patchscopes.lenses.windows import Window, digest_of, own_windows, require_one_stream, windows
 from patchscopes.maps import Affine, Moments
 from patchscopes.maps.states import split
 from patchscopes.model.model import Model
-from patchscopes.model.tokens import Tokens, show_ids
+from patchscopes.model.tokens import Tokens, as_tokens, show_ids
 from patchscopes.scopes.future_lens import future_lens
 from patchscopes.scopes.patchscope import Patchscope
 from patchscopes.scopes.source import Source

@@ -17,7 +17,7 @@ from torch import Tensor
 from patchscopes.controls.vectors import POOL
 from patchscopes.core.errors import InputError, RefusedError
 from patchscopes.model.model import Model
-from patchscopes.model.tokens import Tokens
+from patchscopes.model.tokens import as_tokens
 
 Window = tuple[int, ...]  # token ids
 TOKENS_AT_ONCE = 2048  # of one pass, padding included: the logits of all of them are held
@@ -121,9 +121,3 @@ def read_texts(path: str | Path, column: str = "text") -> list[str]:
     if column not in table.columns:
         raise InputError(f"{str(path)!r} has no column {column!r}; it has {', '.join(table.columns)}")
     return [str(text) for text in table[column].drop_nulls().to_list() if str(text).strip()]
-
-
-def as_tokens(ids: Window) -> Tokens:
-    """Ids that no text was read for."""
-    none = tuple((0, 0) for _ in ids)
-    return Tokens("", ids, tuple("" for _ in ids), none, tuple(False for _ in ids))

@@ -142,6 +142,12 @@ def of_ids(tokenizer: Any, ids: Sequence[int], image_ids: frozenset[int] = froze
     )
 
 
+def as_tokens(ids: tuple[int, ...]) -> Tokens:
+    """Ids that no text was read for, where only running them matters."""
+    none = tuple((0, 0) for _ in ids)
+    return Tokens("", ids, tuple("" for _ in ids), none, tuple(False for _ in ids))
+
+
 def decoder_prompt(tokenizer: Any, text: str, start: int) -> Tokens:
     """A prompt of an encoder–decoder's decoder: the id that starts it, then the tokens of `text`, which may be empty."""
     if not text:

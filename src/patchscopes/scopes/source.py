@@ -16,7 +16,7 @@ from patchscopes.core.errors import InputError, PromptError
 from patchscopes.core.layers import Layers, resolve_layers
 from patchscopes.core.sites import SCOPED, Site, resolve_sites
 from patchscopes.model.model import Model, Prompt
-from patchscopes.model.tokens import Position, Span, Tokens
+from patchscopes.model.tokens import Position, Span, Tokens, as_tokens
 
 TOKENS_AT_ONCE = 8192  # of one pass over source prompts, padding included
 
@@ -158,7 +158,7 @@ def look(
     while queue:
         size = max(1, TOKENS_AT_ONCE // len(queue[-1]))
         batch, queue = queue[-size:], queue[:-size]
-        run = model.run([_as_tokens(ids) for ids in batch], read=sites)
+        run = model.run([as_tokens(ids) for ids in batch], read=sites)
         for row, ids in enumerate(batch):
             real = run.mask[row].nonzero()[:, 0].tolist()
             lead, moved = moved_by[ids]
@@ -182,8 +182,3 @@ def _behind(model: Model, tokens: Tokens, prefix: str | None) -> tuple[tuple[int
     room = len(words) if model.context is None else min(len(words), model.context - len(tokens))
     words = words[len(words) - max(room, 0) :]
     return (*tokens.ids[:lead], *words, *tokens.ids[lead:]), lead, len(words)
-
-
-def _as_tokens(ids: tuple[int, ...]) -> Tokens:
-    none = tuple((0, 0) for _ in ids)
-    return Tokens("", ids, tuple("" for _ in ids), none, tuple(False for _ in ids))
