@@ -219,8 +219,9 @@ def test_a_control_is_one_vector_wherever_a_state_is_written() -> None:
     ways: dict[tuple[str, int, int], set[tuple[float, ...]]] = {}
     requests: set[str] = set()
     for cell in viewing.cells:
-        for kind, key, _, state in viewing.controls.runs(cell, viewing.written(cell)):
+        for kind, run in viewing.controls.runs(cell, viewing.written(cell)):
             if kind in ("random", "other"):
+                key, _, state = run
                 assert state is not None
                 unit = (state / state.norm()).flatten()[:6]
                 ways.setdefault((kind, cell.place, cell.source_layer), set()).add(tuple(round(x, 4) + 0.0 for x in unit.tolist()))

@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from patchscopes import lenses, maps, runs, scopes
+    from patchscopes import controls, lenses, maps, runs, scopes
     from patchscopes.core import coordinates, edits
     from patchscopes.core.edits import Edit
     from patchscopes.core.errors import PatchscopesError
@@ -39,6 +39,7 @@ _HOMES = {
     "Source": "patchscopes.scopes",
 }
 _FAMILIES = {
+    "controls": "patchscopes.controls",
     "coordinates": "patchscopes.core.coordinates",
     "edits": "patchscopes.core.edits",
     "lenses": "patchscopes.lenses",
@@ -56,6 +57,7 @@ __all__ = [
     "Readings",
     "Source",
     "Tokens",
+    "controls",
     "coordinates",
     "edits",
     "lenses",

@@ -23,6 +23,8 @@ from torch import Tensor
 
 Verdict = Literal["above", "same", "not run"]
 SIGNIFICANT = 0.05
+KINDS = ("nothing", "random", "others", "text")  # of controls that evidence is over: bits_over_nothing, …
+DECIDING = KINDS[:3]  # those that the verdict needs
 
 
 def bits_over(log_p: float, controls: Float[Tensor, " control"]) -> float:

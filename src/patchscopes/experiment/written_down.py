@@ -15,7 +15,7 @@ from patchscopes.core.edit_files import save_edits
 from patchscopes.core.errors import InputError, NotAvailableError, PromptError
 from patchscopes.core.files import make_folder
 from patchscopes.core.layers import Layers
-from patchscopes.core.names import SLOT
+from patchscopes.core.names import PLACEHOLDER, SLOT
 from patchscopes.core.positions import Span
 from patchscopes.experiment.documents import model_name
 from patchscopes.experiment.prompts import content
@@ -26,7 +26,6 @@ from patchscopes.model.model import Model, Prompt
 from patchscopes.model.tokens import Position, Tokens
 from patchscopes.scopes.patchscope import Patchscope
 from patchscopes.scopes.source import Source
-from patchscopes.scopes.target import PLACEHOLDER
 
 Looked = tuple[str, Source | Sequence[Source], Patchscope]  # (name of the part, what is looked at, through what)
 

@@ -130,7 +130,7 @@ def _rows(one: Seen, outcome: Outcome, task: Task) -> Iterator[dict[str, Any]]:
         if outcome.error is not None:
             yield {**head, **(failed(str(outcome.error)) if kind == "none" else skipped())}
         elif (row := found.get(kind)) is None:
-            yield {**head, **skipped("no other source has a finite state here")}
+            yield {**head, **skipped(outcome.absent[kind])}
         elif math.isnan(row["logprob"]):
             yield {**row, **head, **failed("the logits of the patched run are not finite (NaN or infinity)")}
         else:

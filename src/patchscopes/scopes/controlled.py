@@ -1,8 +1,9 @@
 """The controls of a viewing: what else goes through the scope, and the evidence of its readings.
 
-For every reading the same scope also runs with nothing patched in, a random vector of the same norm, the vector of another source at
-the same layer, the layer's mean vector, and, unpatched, with the source's own words in the placeholder's place. Then its text is
-scored, teacher-forced, under its second look and under the control vectors (see `controls.evidence`).
+For every reading the same scope also runs with what was asked for in the state's place (see `control_rows`): by default with nothing
+patched in, a random vector of the same norm, the vector of another source at the same layer, the layer's mean vector, and, unpatched,
+with the source's own words in the placeholder's place. Then its text is scored, teacher-forced, under its second look and under the
+control vectors of `controls.evidence`, which are the same whatever rows were asked for.
 
 Other sources are the viewing's other prompts; when they are fewer than `N_OTHERS`, prompts of a built-in pool are added.
 """
@@ -10,17 +11,27 @@ Other sources are the viewing's other prompts; when they are fewer than `N_OTHER
 from __future__ import annotations
 
 import bisect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from patchscopes.controls.evidence import bits_over, p_value, verdict
-from patchscopes.controls.vectors import N_OTHERS, N_RANDOM, POOL, POOL_NAME, random_like, seed_of
+from patchscopes.controls.other_model import OtherModel
+from patchscopes.controls.random_blocks import RandomBlocks, random_blocks
+from patchscopes.controls.texts import source_text
+from patchscopes.controls.vectors import CONTEXT, N_OTHERS, N_RANDOM, POOL, POOL_NAME, random_like, seed_of
+from patchscopes.core.errors import VectorError
 from patchscopes.engine.score import Case, scores
+from patchscopes.maps import map_between
+from patchscopes.model.model import Model
 from patchscopes.model.tokens import Tokens
 from patchscopes.scopes.cells import Cell
+from patchscopes.scopes.control_rows import OF_OTHERS, Control, Written, in_context, known_reason, name_of, rows_of
 from patchscopes.scopes.sight import Sight
 from patchscopes.scopes.source import Place
 
@@ -33,8 +44,9 @@ CELLS_AT_ONCE = 256  # whose control vectors are held together
 class Controls:
     """What stands in for the vectors of a viewing, and its provenance."""
 
-    def __init__(self, viewing: Viewing):
-        self.viewing, self.seed = viewing, viewing.scope.seed
+    def __init__(self, viewing: Viewing, asked: Sequence[Control]):
+        self.viewing, self.seed, self.asked = viewing, viewing.scope.seed, tuple(asked)
+        self.names = [name_of(control) for control in asked]
         origin, layers, site, behind = viewing.origin, viewing.read_layers, viewing.site, viewing.scope.second_look
         reach = viewing.reach
         self.second = Sight(origin, viewing.places, layers, site, behind, reach)
@@ -44,12 +56,30 @@ class Controls:
             places = {k: place for k, place in enumerate(viewing.places) if (place.tokens is None) == bare}
             self.sources[bare] = _Ring(self.seed, places)
         fewest = min(len(ring) - 1 for ring in self.sources.values() if len(ring))
-        self.pool = pool if fewest < N_OTHERS else []
+        self.pool = pool if fewest < N_OTHERS or "random_covariance" in self.names else []
         self.pool_ring = _Ring(self.seed, dict(enumerate(self.pool)))
         self.pool_first = Sight(origin, self.pool, layers, site, reach=reach)
         self.pool_second = Sight(origin, self.pool, layers, site, behind, reach)
         self._others: dict[tuple[str, bool], list[tuple[str, int]]] = {}
-        self._filled: dict[tuple[int, int], Tokens | None] = {}
+        self._filled: dict[tuple[int, int, str | None], Tokens | None] = {}
+        self.contexts = [in_context(origin, place) for place in viewing.places] if "context" in self.names else []
+        self.context = Sight(origin, self._sound(self.contexts), layers, site, reach=reach) if self.contexts else None
+        self.elsewhere: dict[str, list[Place | str]] = {}
+        self.other_sights: dict[str, Sight] = {}
+        for other in (control for control in asked if isinstance(control, OtherModel)):
+            places = self.elsewhere[other.name] = [_elsewhere(other, place) for place in viewing.places]
+            _require_same_width(other, viewing)
+            there = [layer for layer in layers if layer <= other.model.n_layers - (site != "resid")]
+            self.other_sights[other.name] = Sight(other.model, self._sound(places), there, site, reach=reach)
+        self.blank = {one.name: random_blocks(viewing.target_model, one.seed) for one in asked if isinstance(one, RandomBlocks)}
+
+    def _sound(self, places: Sequence[Place | str]) -> list[Place]:
+        """Places that a sight can hold; those that are none are never asked for."""
+        return [own if isinstance(one, str) else one for one, own in zip(places, self.viewing.places, strict=True)]
+
+    def model_of(self, control: str) -> Model:
+        """The model in which a control is written."""
+        return self.blank.get(control, self.viewing.target_model)
 
     def provenance(self) -> dict[str, Any]:
         """What the controls were."""
@@ -59,16 +89,40 @@ class Controls:
             "others_per_reading": [len(self.others(p)) for p in range(len(self.viewing.places))],
             "random_per_reading": N_RANDOM,
             "second_look": self.viewing.scope.second_look,
+            "kinds": self.names,
+            "absent": {name: dict(reasons) for name, reasons in self.never.items()},
+            **({"context": CONTEXT} if self.contexts else {}),
+            **{one.name: one.model.provenance() for one in self.asked if isinstance(one, OtherModel)},
+            **{one.name: {"seed": one.seed} for one in self.asked if isinstance(one, RandomBlocks)},
         }
+
+    @cached_property
+    def never(self) -> dict[str, Counter[str]]:
+        """What can be run for no cell of a place, by name: reason, number of cells."""
+        found: dict[str, Counter[str]] = {}
+        seen: dict[tuple[int, int], list[tuple[str, str]]] = {}
+        for cell in self.viewing.cells:
+            key = (cell.place, cell.target)
+            if key not in seen:
+                some = ((name_of(control), known_reason(self, control, cell)) for control in self.asked)
+                seen[key] = [(name, reason) for name, reason in some if reason is not None]
+            for name, reason in seen[key]:
+                found.setdefault(name, Counter())[reason] += 1
+        return found
 
     def need(self, places: set[int]) -> None:
         """Read what the controls of these places need."""
         others = {k for p in places for kind, k in self.others(p) if kind == "call"}
-        self.viewing.sight.need(places | others)
-        self.pool_first.need(range(len(self.pool)))
+        if self.viewing.evidence or set(OF_OTHERS) & set(self.names):
+            self.viewing.sight.need(places | others)
+            self.pool_first.need(range(len(self.pool)))
         if self.viewing.evidence:
             self.second.need(places | others)
             self.pool_second.need(range(len(self.pool)))
+        if self.context is not None:
+            self.context.need(p for p in places if isinstance(self.contexts[p], Place))
+        for name, sight in self.other_sights.items():
+            sight.need(p for p in places if isinstance(self.elsewhere[name][p], Place))
 
     def others(self, p: int) -> list[tuple[str, int]]:
         """("call", place) or ("pool", k) of the sources that place p is compared with: never its own prompt. They are the same for all
@@ -79,6 +133,11 @@ class Controls:
             mine = [("call", k) for k in self.sources[key[1]].after(place.text, N_OTHERS)]
             self._others[key] = mine + [("pool", k) for k in self.pool_ring.after(place.text, N_OTHERS - len(mine))]
         return self._others[key]
+
+    def rest_of_pool(self, p: int) -> list[tuple[str, int]]:
+        """The prompts of the pool that are not among the others of place p, without its own."""
+        there, text = set(self.others(p)), self.viewing.places[p].text
+        return [("pool", k) for k, place in enumerate(self.pool) if ("pool", k) not in there and place.text != text]
 
     def company(self, p: int) -> str:
         """The others of place p, by their content."""
@@ -93,46 +152,53 @@ class Controls:
             return self.viewing.state(self.pool_second if second else self.pool_first, k, cell)
         return self.viewing.state(self.second if second else self.viewing.sight, k, cell)
 
-    def filled(self, cell: Cell) -> Tokens | None:
-        """The target prompt with the source's own words, up to and with the position read, in the placeholder's place."""
-        key = (cell.target, cell.place)
+    def filled(self, cell: Cell, words: str | None = None) -> Tokens | None:
+        """The target prompt with `words` in the placeholder's place; None: with the source's own, up to and with the position read."""
+        key = (cell.target, cell.place, words)
         if key not in self._filled:
             place = self.viewing.places[cell.place]
-            words = place.tokens.upto(place.position) if place.tokens else ""
+            if words is None:
+                words = source_text(place.tokens, place.position) if place.tokens else ""
             self._filled[key] = self.viewing.targets[cell.target].filled(words)
         return self._filled[key]
 
     def kinds(self, cell: Cell) -> list[str]:
         """The controls of a cell, if all that they need can be read."""
-        others = ["other", "mean"] if self.others(cell.place) else []
-        return ["nothing", "random", *others, *(["text"] if self.filled(cell) is not None else [])]
+        return [name_of(control) for control in self.asked if known_reason(self, control, cell) is None]
 
-    def runs(self, cell: Cell, own: Tensor) -> Iterator[tuple[str, str, Tokens | None, Tensor | None]]:
-        """Every control run of a cell that writes the state `own`: (kind, key, prompt, state), of another prompt or with another state
-        or none. A key says all that a run hangs on: runs of equal key are one, and draw from the same seed.
+    def runs(self, cell: Cell, own: Tensor) -> Iterator[tuple[str, Written | str]]:
+        """Every control of a cell that writes the state `own`, with its run (key, another prompt, state), or why it has none.
 
         The direction that is drawn, and the source that is chosen, are one for all maps, target prompts, target layers and draws of what
         the cell reads, as its own state is: what is said in all of them, or in the best, is compared with what one other vector says in
         all, or at best."""
-        viewing = self.viewing
-        one = viewing.read_identity(cell)
-        target, span = viewing.target_of(cell), viewing.places[cell.place].span
-        at = f"{cell.source_layer} {target.digest} {cell.target_layer} {viewing.map_digest(cell)} {cell.draw}"
-        at += f" span {span}" if span > 1 else ""
-        yield "nothing", f"nothing {target.digest} {cell.draw}", None, None
-        yield "random", f"random {viewing.identity(cell)}", None, random_like(own[None], f"{self.seed} random {one}")[0]
-        others = [
-            (which, state) for which in self.others(cell.place) if (state := self.state(which, cell, second=False)) is not None
-        ]
-        if others:
-            (kind, k), state = others[seed_of(f"{self.seed} other {one}") % len(others)]
-            chosen = (self.pool if kind == "pool" else viewing.places)[k].digest
-            yield "other", f"other {chosen} {at}", None, viewing.mapped(cell, state)
-            mean = torch.stack([state for _, state in others]).mean(0)
-            yield "mean", f"mean {self.company(cell.place)} {at}", None, viewing.mapped(cell, mean)
-        words = self.filled(cell)
-        if words is not None:
-            yield "text", f"text {words.ids} {cell.draw}", words, None
+        return rows_of(self, cell, own)
+
+
+def _elsewhere(control: OtherModel, place: Place) -> Place | str:
+    """A place as another model reads it, or why it does not."""
+    if place.tokens is None:
+        return "a vector without a prompt has no text"
+    found = control.positions(place.tokens, place.positions)
+    return found if isinstance(found, str) else replace(place, tokens=found[0], position=found[1][-1])
+
+
+def _require_same_width(control: OtherModel, viewing: Viewing) -> None:
+    """VectorError if states of the other model cannot stand in for the source's."""
+    origin, other = viewing.origin, control.model
+    if other.engine.streams != origin.engine.streams:
+        raise VectorError(
+            f"{other.name} has another number of residual streams than {origin.name}, so its states cannot stand in"
+        )
+    width = other.d_model
+    if control.map is not None:
+        layer = viewing.read_layers[0]
+        width = map_between(control.map, layer, layer)(torch.ones(1, other.d_model, device=other.device)).shape[-1]
+    if width != origin.d_model:
+        raise VectorError(
+            f"states of {other.name} are {width} wide, and {origin.name} is {origin.d_model} wide. Give a map between the two: "
+            "ps.controls.OtherModel(model, map=ps.maps.Affine(weight, bias))"
+        )
 
 
 class _Ring:

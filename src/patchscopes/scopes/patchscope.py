@@ -22,6 +22,7 @@ from patchscopes.core.layers import Layers
 from patchscopes.maps import Identity, Map
 from patchscopes.model.model import Model, Prompt
 from patchscopes.model.tokens import Position
+from patchscopes.scopes.control_rows import Control
 from patchscopes.scopes.readings import SCHEMA, Readings
 from patchscopes.scopes.source import Source
 from patchscopes.scopes.spread import Carry, Spread
@@ -75,7 +76,7 @@ class Patchscope:
     def __call__(
         self,
         source: Source | Sequence[Source],
-        controls: bool = True,
+        controls: bool | Control | Sequence[Control] = True,
         keep_logits: bool = False,
         *,
         evidence: bool = True,
@@ -84,7 +85,8 @@ class Patchscope:
         """Every combination of the source's prompts, positions and layers with the scope's prompts, layers, maps and draws.
 
         controls     also run every cell with nothing, a random vector, another source's vector and the layer's mean patched in, and
-                     with the source's own words in the placeholder's place; and compute the evidence of each reading
+                     with the source's own words in the placeholder's place; and compute the evidence of each reading. Or a list of what
+                     to run: names of `controls.CONTROLS`, `controls.OtherModel(model)`, `controls.RandomBlocks(seed)`
         evidence     False: only the rows of the controls, without the evidence, which takes some 30 runs of each text
         keep_logits  keep the next-token logits of every row of the table
         """
@@ -92,4 +94,4 @@ class Patchscope:
         outcomes = viewing.read(keep_logits=keep_logits, strict=True, progress=progress)
         table = pl.DataFrame([row for outcome in outcomes for row in outcome.rows], schema=SCHEMA)
         logits = torch.stack([one for outcome in outcomes for one in outcome.logits or ()]) if keep_logits else None
-        return Readings(table, viewing.provenance(), logits)
+        return Readings(table, viewing.provenance(outcomes), logits)

@@ -9,14 +9,13 @@ from functools import cached_property
 
 from patchscopes.core.edits import Edit
 from patchscopes.core.errors import InputError, PositionError, PromptError
-from patchscopes.core.names import SLOT
+from patchscopes.core.names import PLACEHOLDER, SLOT
 from patchscopes.core.positions import Span
 from patchscopes.engine.edits import Placed
 from patchscopes.model.model import Model, Prompt
 from patchscopes.model.tokens import Position, Tokens
 from patchscopes.scopes.source import Place
 
-PLACEHOLDER = "x"
 SAME = "same"  # as a position: i* = i
 OWN = "(the source's own prompt)"  # how a target is shown where T = S
 

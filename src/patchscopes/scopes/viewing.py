@@ -10,19 +10,22 @@ import datetime
 import hashlib
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from torch import Tensor
 
+from patchscopes.controls.other_model import OtherModel
+from patchscopes.controls.random_blocks import RandomBlocks
 from patchscopes.controls.vectors import seed_of
 from patchscopes.core.edits import OF_SCOPES
 from patchscopes.core.errors import InputError, PatchscopesError, PromptError, UnknownName, VectorError, nearest
 from patchscopes.core.finite import require_finite
 from patchscopes.core.layers import Layers, resolve_layers
+from patchscopes.core.names import CONTROLS, named_controls
 from patchscopes.core.sites import SCOPED, Site
 from patchscopes.engine.continued import stopping
 from patchscopes.engine.generate import Decoding, Request, stream
@@ -31,6 +34,7 @@ from patchscopes.maps import Map, digest_of, map_between
 from patchscopes.model.model import Model
 from patchscopes.model.tokens import Tokens
 from patchscopes.scopes.cells import Cell, product
+from patchscopes.scopes.control_rows import Control, Written
 from patchscopes.scopes.controlled import Controls, evidence_of
 from patchscopes.scopes.sight import Sight
 from patchscopes.scopes.source import Place, Source
@@ -46,13 +50,14 @@ Progress = Callable[[int, int, str], None]  # (done, of, what)
 @dataclass(frozen=True, eq=False)
 class Outcome:
     """What became of a cell. rows: its reading, then its controls, by the columns of `Readings.table`; logits: [vocab] of each, if kept;
-    said: the tokens of the reading. error: why it could not be read; then there are no rows."""
+    said: the tokens of the reading. absent: controls without a row, and why. error: why it could not be read; then there are no rows."""
 
     cell: Cell
     rows: list[dict[str, Any]]
     logits: list[Tensor] | None = None
     error: PatchscopesError | None = None
     said: tuple[int, ...] = ()
+    absent: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +75,13 @@ class _Said:
 class Viewing:
     """Sources of one model under one scope. Everything that can be wrong with them is said when it is made; nothing has run yet."""
 
-    def __init__(self, scope: Patchscope, source: Source | Sequence[Source], controls: bool = True, evidence: bool = True):
+    def __init__(
+        self,
+        scope: Patchscope,
+        source: Source | Sequence[Source],
+        controls: bool | Control | Sequence[Control] = True,
+        evidence: bool = True,
+    ):
         self.scope, self.evidence = scope, evidence
         self.sources = [source] if isinstance(source, Source) else list(source)
         self.origin, self.target_model = self._check()
@@ -93,7 +104,8 @@ class Viewing:
         self.reach = max(place.span for place in self.places)
         self.read_layers = sorted({layer + k for layer, other in self.pairs for k in self._carried(layer, other)})
         self.sight = Sight(self.origin, self.places, self.read_layers, self.site, reach=self.reach)
-        self.controls = Controls(self) if controls else None
+        asked = named_controls(controls)
+        self.controls = Controls(self, _known(asked)) if asked else None
 
     @cached_property
     def cells(self) -> list[Cell]:
@@ -155,8 +167,11 @@ class Viewing:
 
     def state(self, sight: Sight, place: int, cell: Cell) -> Tensor | None:
         """What a cell would read at a place, [layer, span, d_model]; None where there is none, or none that is finite."""
-        layers = [cell.source_layer + k for k in self._carried(cell.source_layer, cell.target_layer)]
-        return sight.sound(place, layers, self.places[cell.place].span)
+        return sight.sound(place, self.layers_read(cell), self.places[cell.place].span)
+
+    def layers_read(self, cell: Cell) -> list[int]:
+        """The source layers of a cell: its own, and those above it whose states are carried along."""
+        return [cell.source_layer + k for k in self._carried(cell.source_layer, cell.target_layer)]
 
     def mapped(self, cell: Cell, state: Tensor) -> Tensor:
         """f of what a cell reads, layer by layer."""
@@ -226,8 +241,9 @@ class Viewing:
                 errors[cell] = error
         if self.controls and states:
             self.controls.need({cell.place for cell in states})
-        requests: dict[str, Request] = {}
-        keys = {cell: list(self._runs(cell, state, requests)) for cell, state in states.items()}
+        requests: dict[Model, dict[str, Request]] = {self.target_model: {}}
+        absent: dict[Cell, dict[str, str]] = {}
+        keys = {cell: self._runs(cell, state, requests, absent.setdefault(cell, {})) for cell, state in states.items()}
         said = self._generate(requests, keep_logits, top_k, progress)
         well = list(keys)
         texts = {cell: said[keys[cell][0][1]].tokens for cell in well}
@@ -241,18 +257,27 @@ class Viewing:
             rows = [self._record(cell, kind, said[key], own.get(kind, {})) for kind, key in keys[cell]]
             kept = [said[key].logits for _, key in keys[cell]]
             logits = [t for t in kept if t is not None] if keep_logits else None
-            outcomes.append(Outcome(cell, rows, logits, said=tuple(texts[cell])))
+            outcomes.append(Outcome(cell, rows, logits, said=tuple(texts[cell]), absent=absent[cell]))
         return outcomes
 
-    def _runs(self, cell: Cell, state: Tensor, requests: dict[str, Request]) -> Iterator[tuple[str, str]]:
+    def _runs(
+        self, cell: Cell, state: Tensor, requests: dict[Model, dict[str, Request]], absent: dict[str, str]
+    ) -> list[tuple[str, str]]:
         """(kind, key of its request) of a cell's own run and of its controls'; requests of equal key are one."""
-        for kind, key, words, patched in (
-            ("none", f"none {self.identity(cell)}", None, state),
-            *(self.controls.runs(cell, state) if self.controls else ()),
-        ):
-            if key not in requests:
-                requests[key] = self._request(cell, words, patched, seed_of(f"{self.scope.seed} {key}"))
-            yield kind, key
+        kinds: list[tuple[str, Written | str]] = [("none", (f"none {self.identity(cell)}", None, state))]
+        kinds += self.controls.runs(cell, state) if self.controls else ()
+        keys = []
+        for kind, run in kinds:
+            if isinstance(run, str):
+                absent[kind] = run
+                continue
+            key, words, patched = run
+            model = self.controls.model_of(kind) if self.controls else self.target_model
+            mine = requests.setdefault(model, {})
+            if key not in mine:
+                mine[key] = self._request(cell, words, patched, seed_of(f"{self.scope.seed} {key}"))
+            keys.append((kind, key))
+        return keys
 
     def _request(self, cell: Cell, words: Tokens | None, state: Tensor | None, seed: int) -> Request:
         """A run of a cell: with `state` written, or of its prompt with words of text in the placeholder's place."""
@@ -272,8 +297,7 @@ class Viewing:
     def written(self, cell: Cell) -> Tensor:
         """f(h) of a cell, [layer, span, d_model]. VectorError if h or f(h) is not finite."""
         place = self.places[cell.place]
-        layers = [cell.source_layer + k for k in self._carried(cell.source_layer, cell.target_layer)]
-        h = self.sight.found(cell.place, layers, place.span)
+        h = self.sight.found(cell.place, self.layers_read(cell), place.span)
         assert h is not None
         where = f"layer {cell.source_layer}, position {place.position} of {_short(place.text)}"
         require_finite(h, f"the state at {where}")
@@ -281,24 +305,28 @@ class Viewing:
         require_finite(state, f"what the map {self.map_of(cell).name!r} makes of the state at {where}")
         return state
 
-    def _generate(self, requests: dict[str, Request], keep_logits: bool, top_k: int, progress: Progress) -> dict[str, _Said]:
-        """Run all requests, of all target prompts, in one stream."""
-        model, scope = self.target_model, self.scope
-        decoding = Decoding(
-            scope.max_new_tokens, model.end_ids, stopping(model.decode, scope.stop), scope.temperature, scope.guidance
-        )
-        route = model.capabilities.route if decoding.max_new_tokens > 1 else model.capabilities.readout_route
-        keys, found = list(requests), dict[str, _Said]()
-        for k, one in stream(model.engine, list(requests.values()), decoding, route=route):
-            log_p = one.logits.float().log_softmax(-1)
-            best, token = log_p.max(-1)
-            top = None
-            if top_k:
-                values, ids = log_p.topk(min(top_k, len(log_p)))
-                top = (ids.tolist(), values.tolist())
-            logits = one.logits.float().cpu().clone() if keep_logits else None  # not a view of its batch's
-            found[keys[k]] = _Said(one.tokens, int(token), float(best), one.norm_ratio, top, logits)
-            progress(len(found), len(keys), "generating")
+    def _generate(
+        self, requests: Mapping[Model, Mapping[str, Request]], keep_logits: bool, top_k: int, progress: Progress
+    ) -> dict[str, _Said]:
+        """Run all requests, of all target prompts, in one stream for each model."""
+        scope, found = self.scope, dict[str, _Said]()
+        total = sum(map(len, requests.values()))
+        for model, mine in requests.items():
+            decoding = Decoding(
+                scope.max_new_tokens, model.end_ids, stopping(model.decode, scope.stop), scope.temperature, scope.guidance
+            )
+            route = model.capabilities.route if decoding.max_new_tokens > 1 else model.capabilities.readout_route
+            keys = list(mine)
+            for k, one in stream(model.engine, list(mine.values()), decoding, route=route):
+                log_p = one.logits.float().log_softmax(-1)
+                best, token = log_p.max(-1)
+                top = None
+                if top_k:
+                    values, ids = log_p.topk(min(top_k, len(log_p)))
+                    top = (ids.tolist(), values.tolist())
+                logits = one.logits.float().cpu().clone() if keep_logits else None  # not a view of its batch's
+                found[keys[k]] = _Said(one.tokens, int(token), float(best), one.norm_ratio, top, logits)
+                progress(len(found), total, "generating")
         return found
 
     def _record(self, cell: Cell, kind: str, said: _Said, evidence: dict[str, Any]) -> dict[str, Any]:
@@ -418,9 +446,12 @@ class Viewing:
         others = resolve_layers(asked, top)
         return [(layer, other) for layer in self.layers for other in others]
 
-    def provenance(self) -> dict[str, Any]:
-        """Models, prompts with token ids, settings, seeds, versions, time."""
+    def provenance(self, outcomes: Sequence[Outcome] = ()) -> dict[str, Any]:
+        """Models, prompts with token ids, settings, seeds, versions, time; and which controls of `outcomes` could not be run, and why."""
         origin, target_model = self.origin, self.target_model
+        about = self.settings()
+        if outcomes and about["controls"]:
+            about["controls"]["absent"] = _absent(outcomes)
         return {
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "source_model": origin.provenance(),
@@ -435,7 +466,7 @@ class Viewing:
                 }
                 for p in self.places
             ],
-            **self.settings(),
+            **about,
         }
 
     def settings(self) -> dict[str, Any]:
@@ -467,6 +498,27 @@ class Viewing:
         if self.own:  # the prompts are known as sources; here is only where they are written
             return [{"text": OWN, "ids": None, "position": SAME if self.scope.position is None else self.scope.position}]
         return [{"text": t.tokens.text, "ids": list(t.tokens.ids), "position": _where(t.positions)} for t in self.targets]
+
+
+def _known(asked: Sequence[Any]) -> list[Control]:
+    """InputError for what is no control."""
+    for one in asked:
+        if not isinstance(one, (str, OtherModel, RandomBlocks)):
+            raise InputError(
+                f"{one!r} is no control; expected a name ({', '.join(CONTROLS)}), controls.OtherModel(model) or "
+                "controls.RandomBlocks(seed)"
+            )
+    return list(asked)
+
+
+def _absent(outcomes: Sequence[Outcome]) -> dict[str, dict[str, int]]:
+    """By control, why it has no row: reason, number of cells."""
+    found: dict[str, dict[str, int]] = {}
+    for outcome in outcomes:
+        for kind, reason in outcome.absent.items():
+            reasons = found.setdefault(kind, {})
+            reasons[reason] = reasons.get(reason, 0) + 1
+    return found
 
 
 def _asked(layer: Layers, pairs: list[tuple[int, int]]) -> int | str | list[int]:
