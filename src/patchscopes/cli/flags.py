@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from patchscopes.core.errors import InputError
+from patchscopes.core.names import CONTROLS
 from patchscopes.experiment.keys import KEYS
 
 MAPS = "identity, scale:2.0, affine:FILE, file:FILE, tuned_lens:FILE or jacobian_lens:FILE; may be given several times."
@@ -73,6 +74,7 @@ FLAGS = (
     _flag("draws", int),
     _flag("seed", int),
     _flag("controls", bool, "--controls/--no-controls"),
+    _flag("control", list[str], key="controls", help=f"A control to run: {', '.join(CONTROLS)}; may be given several times."),
     _flag("evidence", bool, "--evidence/--no-evidence"),
     _flag("top_k", int, key="outputs", path="top_k"),
     _flag("save_vectors", bool, "--save-vectors", key="outputs", path="vectors"),

@@ -14,7 +14,7 @@ from patchscopes.cli.terminal import data, print_json, progress, say
 from patchscopes.core.errors import InputError, PositionError
 from patchscopes.core.files import make_folder, told
 from patchscopes.core.layers import Layers, resolve_layers
-from patchscopes.core.names import SCOPES, SLOT, require_scope
+from patchscopes.core.names import CONTROLS, SCOPES, SLOT, named_controls, require_scope
 
 if TYPE_CHECKING:
     from patchscopes.model import Tokens
@@ -50,6 +50,10 @@ def inspect(
         int | None, typer.Option(min=1, help="Tokens said at most. Default: the scope's own.", show_default=False)
     ] = None,
     controls: Annotated[bool, typer.Option(help="Also run what a reading must be compared with, and weigh its evidence.")] = True,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(help=f"A control to run: {', '.join(CONTROLS)}; may be given several times.", show_default=False),
+    ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt into the model's chat template, as a user's turn.")
     ] = False,
@@ -70,6 +74,9 @@ def inspect(
     patchscopes inspect "We met in France" --scope "The capital of {x} is"
     """
     require_options(scope, target_layer, tokens)
+    if control and not controls:
+        raise InputError("--control and --no-controls were given; expected one of them")
+    asked = named_controls(control) if control else controls
     if figure is not None:
         from patchscopes.views.heatmap import require_suffix
 
@@ -96,7 +103,7 @@ def inspect(
         if folder is not None:
             make_folder(folder)
     with progress() as report:
-        readings = built(source, controls=controls, progress=report)
+        readings = built(source, controls=asked, progress=report)
     keep(readings, save, figure)
     if json:
         print_json(document(readings, words.text, loaded.name, scope))

@@ -126,7 +126,7 @@ def _environment() -> Iterator[tuple[Flag, Any, str]]:
 
 def _flags(given: Mapping[str, Any]) -> Iterator[tuple[Flag, Any, str]]:
     some = [flag for flag in FLAGS if given.get(flag.name) not in (None, [])]
-    for one_of in (("prompt", "prompts", "vectors"), PLACES):
+    for one_of in (("prompt", "prompts", "vectors"), ("controls", "control"), PLACES):
         if len(both := [flag.option for flag in some if flag.name in one_of]) > 1:
             raise InputError(f"{' and '.join(both)} were given; expected one of them")
     for flag in some:

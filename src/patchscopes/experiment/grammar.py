@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from patchscopes.core.errors import InputError, LayerError, SiteError, UnknownName, nearest
-from patchscopes.core.names import DTYPES, SLOT, require_scope
+from patchscopes.core.names import DTYPES, SLOT, named_controls, require_scope
 from patchscopes.core.sites import SCOPED
 from patchscopes.experiment.documents import absolute, model_name
 from patchscopes.experiment.table import shown
@@ -138,6 +138,14 @@ def dtype(value: Any) -> Any:
     if isinstance(value, str) and value not in DTYPES:
         raise UnknownName(f"unknown dtype {value!r}. {nearest(value, DTYPES)}")
     return value
+
+
+def controls(value: Any) -> Any:
+    """True, false, or names of controls as a tuple."""
+    several = isinstance(value, (str, list, tuple))
+    if not isinstance(value, bool) and not (several and all(isinstance(one, str) for one in value)):
+        raise InputError(f"found {shown(value)}; expected true or false, or a list of controls such as ['nothing', 'zero']")
+    return value if isinstance(value, bool) else named_controls(value)
 
 
 def path(value: Any) -> Any:

@@ -27,7 +27,10 @@ KEYS = {
     "temperature": "0 says the likeliest token each time; above it, texts are sampled.",
     "draws": "Texts sampled for every cell; more than one needs a temperature above 0.",
     "seed": "Of everything that is drawn: texts, random vectors, a sample of the prompts.",
-    "controls": "Also run what a reading must be compared with, and weigh its evidence.",
+    "controls": (
+        "Also run what a reading must be compared with, and weigh its evidence; or the names of what to run: nothing, zero, map_of_zero, "
+        "mean, random, random_covariance, other, context, text, text_at_position."
+    ),
     "evidence": "With controls: weigh the evidence of readings, which takes some 30 runs of each text; false: only their rows.",
     "second_look": "The neutral text behind which sources are read again for their evidence. Absent: a short one.",
     "outputs": "What is kept beside the table.",

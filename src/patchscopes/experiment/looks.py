@@ -58,7 +58,7 @@ class Look:
     scope: Patchscope
     labels: list[dict[str, Scalar]]
     numbers: list[int]
-    controls: bool
+    controls: bool | tuple[str, ...]
     evidence: bool = True
 
 

@@ -20,6 +20,7 @@ from patchscopes.experiment import grammar
 from patchscopes.experiment.documents import each_path, read_document, rooted
 from patchscopes.experiment.spec_tables import (
     At,
+    ControlNames,
     Count,
     LayerText,
     Maps,
@@ -68,7 +69,7 @@ class Part(Table):
     temperature: Temperature | None = described("temperature")
     draws: Count | None = described("draws")
     seed: int | None = described("seed")
-    controls: bool | None = described("controls")
+    controls: ControlNames | None = described("controls")
     evidence: bool | None = described("evidence")
     second_look: str | None = described("second_look")
 
@@ -96,7 +97,7 @@ class Experiment(Table):
     temperature: Temperature = described("temperature", 0.0)
     draws: Count = described("draws", 1)
     seed: int = described("seed", 0)
-    controls: bool = described("controls", True)
+    controls: ControlNames = described("controls", True)
     evidence: bool = described("evidence", True)
     second_look: str | None = described("second_look")
     outputs: Outputs = described("outputs", {}, validate_default=True)

@@ -47,6 +47,24 @@ Preset = Literal["back-patch", "describe", "identity", "identity-bare", "logit-l
 DtypeName = Literal["auto", "float32", "float64", "bfloat16", "float16"]
 
 
+ControlName = Literal[
+    "nothing",
+    "zero",
+    "map_of_zero",
+    "mean",
+    "random",
+    "random_covariance",
+    "other",
+    "context",
+    "text",
+    "text_at_position",
+]
+ControlNames = Annotated[
+    bool | tuple[ControlName, ...],
+    BeforeValidator(grammar.controls, json_schema_input_type=bool | ControlName | list[ControlName]),
+]
+
+
 class ModelSpec(Table):
     """A model, and how to load it."""
 

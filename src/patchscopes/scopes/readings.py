@@ -72,7 +72,8 @@ class Grid:
 class Readings:
     """The cells of one call of a Patchscope.
 
-    table       a row a cell and control: `control` is "none" for the reading itself, else "nothing", "random", "other", "mean", "text"
+    table       a row a cell and control: `control` is "none" for the reading itself, else "nothing", "random", "other", "mean", "text", or
+                what was asked for instead
     logits      [row, vocab], the patched runs' next-token logits, aligned with the table's rows; None unless they were kept. Under
                 guidance they, and `logprob`, are p + w (p − u) and not the patched run's own p
     provenance  models, prompts with token ids, settings, seeds, versions, time

@@ -18,6 +18,19 @@ ROOMY = 100  # columns of a terminal from which on the table has lines and the s
 MARK = {"above": "above", "same": "same", "not run": "not run"}
 STYLE = {"above": "bold green", "same": "dim", "not run": "yellow"}
 
+NAMES = {  # of controls; those that a user named are shown as they are called
+    "nothing": "nothing patched in",
+    "zero": "a vector of zeros",
+    "map_of_zero": "what the map makes of zero",
+    "random": "a random vector",
+    "random_covariance": "a random vector that lies as states do",
+    "other": "another source",
+    "mean": "the mean vector",
+    "context": "the same words in another context",
+    "text": "the words alone",
+    "text_at_position": "the words read alone",
+}
+
 
 def _columns(readings: pl.DataFrame) -> list[tuple[str, str]]:
     """(column of the table, heading) of what differs between cells, then the numbers."""
@@ -76,15 +89,11 @@ def rows(table: pl.DataFrame) -> tuple[list[str], list[list[str]], list[str]]:
 
 def controls(table: pl.DataFrame) -> list[tuple[str, str]]:
     """(control, the text it brought forth most) for each kind of control in the table."""
-    names = {
-        "nothing": "nothing patched in",
-        "random": "a random vector",
-        "other": "another source",
-        "mean": "the mean vector",
-        "text": "the words alone",
-    }
+    kinds = [kind for kind in table["control"].unique(maintain_order=True) if kind != "none"]
     found = []
-    for kind, name in names.items():
+    known = list(NAMES)
+    for kind in sorted(kinds, key=lambda kind: known.index(kind) if kind in known else len(known)):
+        name = NAMES.get(kind, str(kind))
         texts = table.filter(pl.col("control") == kind)["text"]
         if len(texts):
             top = texts.value_counts(sort=True, name="n").row(0, named=True)

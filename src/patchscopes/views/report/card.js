@@ -2,10 +2,15 @@
 
 const KINDS = {
   nothing: "nothing patched in",
+  zero: "a vector of zeros",
+  map_of_zero: "what the map makes of zero",
   random: "a random vector",
+  random_covariance: "a random vector that lies as states do",
   other: "another source's state",
   mean: "the mean of other sources",
+  context: "the same words in another context",
   text: "the words alone, nothing patched",
+  text_at_position: "the words read alone, nothing patched",
 };
 const EVIDENCE = [
   ["bits_over_nothing", "over nothing"],

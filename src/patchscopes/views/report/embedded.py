@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from patchscopes.core.names import CONTROLS, USUAL_CONTROLS
 from patchscopes.scopes.readings import UNITS
 from patchscopes.views.by_layer import PLACE
 from patchscopes.views.report.markup import shown
@@ -22,7 +23,7 @@ from patchscopes.views.report.scrub import scrub
 if TYPE_CHECKING:
     from patchscopes.runs.folder import Run
 
-KINDS = ("nothing", "random", "other", "mean", "text")
+KINDS = (*USUAL_CONTROLS, *(name for name in CONTROLS if name not in USUAL_CONTROLS))
 METRICS = (
     "bits_over_others",
     "bits_over_nothing",

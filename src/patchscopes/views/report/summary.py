@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from patchscopes.controls.evidence import SIGNIFICANT
+from patchscopes.core.names import USUAL_CONTROLS
 from patchscopes.views.by_layer import in_short, spans
 from patchscopes.views.report.markup import Markup, el, join, said, table
 from patchscopes.views.report.scrub import scrub
@@ -103,8 +104,14 @@ def _controls(looks: list[dict[str, Any]]) -> str:
     with_controls = [look for look in looks if look.get("controls")]
     if not with_controls:
         return "not run: nothing here can be told from what the scope would say anyway"
-    found = "nothing, random, other, mean and text beside every reading"
+    named = dict.fromkeys(kind for look in with_controls for kind in _named(look["controls"]))
+    *first, last = named
+    found = f"{', '.join(first)} and {last} beside every reading" if first else f"{last} beside every reading"
     return found if len(with_controls) == len(looks) else f"{found} of {len(with_controls)} of {len(looks)} views"
+
+
+def _named(controls: bool | list[str]) -> list[str]:
+    return list(USUAL_CONTROLS) if controls is True else list(controls or ())
 
 
 def _cells(run: Run, readings: pl.DataFrame) -> str:
