@@ -7,20 +7,15 @@ words join ("Won" is in "wonder", "leo" in "the Leopard") and case counts. `name
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterable
+
+from patchscopes.core.words import names as names
+from patchscopes.core.words import plain
 
 
 def contains(text: str, answer: str) -> bool:
     """The paper's test: the answer is a substring of the text, spaces deleted from both, case counting."""
     return bool(answer.strip()) and "".join(answer.split()) in "".join(text.split())
-
-
-def names(text: str, aliases: str | Iterable[str]) -> bool:
-    """Whether one of the aliases stands in the text as whole words, in any case. Aliases of one character count only if they are the
-    whole text or stand as a capital word of their own."""
-    some = [aliases] if isinstance(aliases, str) else list(aliases)
-    return any(_named(text, alias) for alias in some)
 
 
 def begins_with(text: str, answer: str) -> bool:
@@ -48,18 +43,5 @@ def rouge_l(text: str, reference: str) -> float:
     return 2 * row[-1] / (len(a) + len(b))
 
 
-def _named(text: str, alias: str) -> bool:
-    alias = _plain(alias)
-    if not alias:
-        return False
-    flags = re.IGNORECASE if len(alias) > 1 else 0
-    words = r"\s+".join(re.escape(word) for word in alias.split())
-    return re.search(rf"(?<!\w){words}(?!\w)", _plain(text), flags) is not None
-
-
-def _plain(text: str) -> str:
-    return unicodedata.normalize("NFKC", text).strip()
-
-
 def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", _plain(text).lower())
+    return re.findall(r"\w+", plain(text).lower())
