@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from patchscopes import controls, lenses, maps, runs, scopes
+    from patchscopes import controls, lenses, maps, measures, runs, scopes
     from patchscopes.core import coordinates, edits
     from patchscopes.core.edits import Edit
     from patchscopes.core.errors import PatchscopesError
@@ -44,6 +44,7 @@ _FAMILIES = {
     "edits": "patchscopes.core.edits",
     "lenses": "patchscopes.lenses",
     "maps": "patchscopes.maps",
+    "measures": "patchscopes.measures",
     "runs": "patchscopes.runs",
     "scopes": "patchscopes.scopes",
 }
@@ -63,6 +64,7 @@ __all__ = [
     "lenses",
     "load",
     "maps",
+    "measures",
     "open_run",
     "resume",
     "runs",
