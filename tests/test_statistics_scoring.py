@@ -123,6 +123,11 @@ def test_the_longest_name_counts() -> None:
         [],
         ["Vitamin A"],
     ]
+    longer = {**WORLD, "Paris Hilton": ["Paris Hilton"], "New York City": ["New York City"]}
+    assert statements.named(["Paris Hilton", "New York City"], longer) == [
+        (frozenset({"Paris Hilton"}),),
+        (frozenset({"New York City"}),),
+    ]
     assert statements.named(["Rome or York"], WORLD, ["the bishop of York"]) == [(frozenset({"Rome"}),)]
     with pytest.raises(InputError, match="no alias"):
         statements.named(["x"], {"Paris": [" "]})

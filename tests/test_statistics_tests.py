@@ -290,6 +290,8 @@ def test_detectable_differences_by_hand() -> None:
     delta = power.detectable_difference(6, 1.0)
     theta = (1 + delta) / 2
     assert theta**6 + (1 - theta) ** 6 == pytest.approx(0.8)
+    theta = (1 + power.detectable_difference(6, 1.0, power=0.05)) / 2  # so little power is near 2/64, of both sides
+    assert theta**6 + (1 - theta) ** 6 == pytest.approx(0.05)
     assert math.isnan(power.detectable_difference(5, 1.0))  # 2/32
     rng = np.random.default_rng(0)
     delta = power.detectable_difference(60, 0.4)

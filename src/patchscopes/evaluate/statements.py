@@ -32,8 +32,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Stated:
-    """Shares of texts: correct, hallucinated, both of these, vague (neither). specific: names anything. precision: of the texts that
-    name anything, those that name nothing false."""
+    """Shares of texts: correct, hallucinated, both of these, vague (it names nothing). precision: of the texts that name
+    anything, those that name nothing false."""
 
     correct: Estimate
     hallucinated: Estimate
