@@ -10,8 +10,8 @@ from families import loaded
 from torch import Tensor
 
 import patchscopes as ps
-from patchscopes.controls.evidence import SIGNIFICANT, bits_over, p_value, verdict
-from patchscopes.controls.vectors import N_OTHERS, N_RANDOM, POOL, SECOND_LOOK, random_like, seed_of
+from patchscopes.controls.evidence import SIGNIFICANT, bits_over, explained, p_value, verdict
+from patchscopes.controls.vectors import N_OTHERS, N_RANDOM, POOL, SECOND_LOOKS, random_like, seed_of
 from patchscopes.scopes.viewing import Viewing
 
 NAN, INF = math.nan, math.inf
@@ -61,6 +61,32 @@ class TestBits:
         controls = torch.full((24,), -60.0) + torch.linspace(0, 1e-3, 24)
         want = (-60 - math.log(sum(math.exp(float(c)) for c in controls) / 24)) / math.log(2)
         assert bits_over(-60.0, controls) == pytest.approx(want, abs=1e-10)
+
+
+class TestExplained:
+    """1 − log p / log mean p(other)."""
+
+    @pytest.mark.parametrize(
+        ("p", "others", "share"),
+        [
+            (1.0, (0.125,), 1),  # all three bits
+            (0.5, (0.125,), 2 / 3),  # two bits of three
+            (0.125, (0.125,), 0),
+            (0.125, (0.5, 0.5), -2),  # two bits fewer than none, of one
+            (0.5, (0.25, 0.0), 2 / 3),  # the mean is 1/8
+        ],
+    )
+    def test_by_hand(self, p: float, others: tuple[float, ...], share: float) -> None:
+        assert explained(math.log(p), logs(*others)) == pytest.approx(share, abs=1e-12)
+
+    def test_it_is_the_evidence_as_a_share_of_what_there_was_to_tell(self) -> None:
+        others = logs(0.3, 0.01, 0.2)
+        most = bits_over(0.0, others)
+        assert explained(math.log(0.4), others) == pytest.approx(bits_over(math.log(0.4), others) / most, abs=1e-12)
+
+    def test_where_nothing_is_left_to_explain(self) -> None:
+        assert explained(0.0, logs(1.0, 1.0)) == 0 and explained(0.0, torch.zeros(5)) == 0
+        assert math.isnan(explained(-1.0, logs())) and math.isnan(explained(NAN, logs(0.5)))
 
 
 class TestPValue:
@@ -202,9 +228,10 @@ class TestPool:
         assert len(POOL) > N_OTHERS and N_RANDOM >= 2  # one more than is drawn: the source's own prompt may be among them
 
     def test_the_second_look_says_nothing_about_any_of_them(self) -> None:
-        assert SECOND_LOOK.strip()
-        words = {word.strip(".,\n").lower() for word in SECOND_LOOK.split()} - {"here", "is", "some", "text", "a", "the"}
-        assert not words
+        assert len(set(SECOND_LOOKS)) == len(SECOND_LOOKS) == 3
+        neutral = {"here", "is", "some", "text", "a", "the", "listen", "facts", "what", "we", "know"}
+        for look in SECOND_LOOKS:
+            assert look.strip() and {word.strip(".,\n").lower() for word in look.split()} <= neutral
 
 
 def test_a_control_is_one_vector_wherever_a_state_is_written() -> None:

@@ -11,6 +11,7 @@ from families import loaded
 from oracle import Patch, error, full_logits, states
 
 import patchscopes as ps
+from patchscopes.controls.vectors import SECOND_LOOKS
 from patchscopes.core.errors import InputError
 from patchscopes.engine.generate import Decoding, Request, stream
 
@@ -86,11 +87,9 @@ def test_no_guidance_and_nothing_patched_are_plain_runs() -> None:
 
 def test_evidence_is_of_the_guided_distribution() -> None:
     model, w = loaded("llama"), 1.5
-    scope = ps.Patchscope("hello {x} is", layer=2, guidance=w, max_new_tokens=4)
+    scope = ps.Patchscope("hello {x} is", layer=2, guidance=w, max_new_tokens=4, second_look=SECOND_LOOKS[0])
     row = scope(ps.Source(model, TEXT, layer=3)).readings.row(0, named=True)
-    from patchscopes.controls.vectors import SECOND_LOOK
-
-    words = model.tokenizer(SECOND_LOOK, add_special_tokens=False)["input_ids"]
+    words = model.tokenizer(SECOND_LOOKS[0], add_special_tokens=False)["input_ids"]
     ids = model.tokens(TEXT).ids
     value = states(model.hf, "llama", torch.tensor([[ids[0], *words, *ids[1:]]]))["resid.3"][0, -1]
     tokens = model.tokens("hello x is")

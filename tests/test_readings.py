@@ -237,7 +237,7 @@ class TestProvenance:
             "draws": 1,
             "seed": 11,
         }
-        assert said["controls"]["second_look"] == "Here is some text.\n"
+        assert said["controls"]["second_looks"][0] == "Here is some text.\n"
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", said["time"])
 
     def test_without_controls(self, square: ps.Readings) -> None:

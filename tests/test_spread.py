@@ -12,6 +12,7 @@ from oracle import Patch, error, full_logits, states
 from test_looks import back_and_forth
 
 import patchscopes as ps
+from patchscopes.controls.vectors import SECOND_LOOKS
 from patchscopes.core.errors import InputError, PositionError, PromptError, UnknownName
 from patchscopes.experiment.spec import Experiment
 from patchscopes.model import Span
@@ -156,7 +157,7 @@ class TestControls:
 
     def readings(self) -> ps.Readings:
         source = ps.Source(loaded("llama"), TEXT, position="cat", layer=[1, 3], span="piece")
-        scope = ps.Patchscope("hello {x} is", layer=[2], spread="below", max_new_tokens=4)
+        scope = ps.Patchscope("hello {x} is", layer=[2], spread="below", max_new_tokens=4, second_look=SECOND_LOOKS[0])
         return scope(source, keep_logits=True)
 
     def test_all_are_there(self) -> None:
@@ -177,9 +178,8 @@ class TestControls:
     def test_evidence_of_a_state_is_its_own(self) -> None:
         """log p of what was said under the second look at the span, by full passes with a hook for each layer and place."""
         model, readings = loaded("llama"), self.readings()
-        from patchscopes.controls.vectors import SECOND_LOOK
 
-        words = model.tokenizer(SECOND_LOOK, add_special_tokens=False)["input_ids"]
+        words = model.tokenizer(SECOND_LOOKS[0], add_special_tokens=False)["input_ids"]
         ids = model.tokens(TEXT).ids
         again = states(model.hf, "llama", torch.tensor([[ids[0], *words, *ids[1:]]]))
         span = model.tokens(TEXT).find("cat")

@@ -1,15 +1,21 @@
 """The evidence of a reading: what its text tells about the vector that brought it forth, in bits.
 
 A vector likes the words that it brought forth itself, so evidence is taken on a second look: v′ is the same position of the same
-prompt, read again behind another neutral prefix. For a text t and a set of control runs k,
+prompt, read again behind another neutral prefix; behind several, v′_1 … v′_m, of whose log p the mean is taken. For a text t and a set of
+control runs k,
 
-    evidence = log2 p(t | v′) − log2 mean_k p(t | k).
+    evidence  = mean_j log2 p(t | v′_j) − log2 mean_k p(t | k)                                  bits
+    explained = evidence over others / −log2 mean_others p(t)                                   at most 1
 
-Against the second looks of n other sources it is an InfoNCE estimate of what the text tells about which source it was, and
+Explained is the share of the text's own surprise, to somebody who does not know the source, that the source accounts for: a text that every
+tenth source brings forth can have 3.3 bits and no more. Against the second looks of n other sources the evidence tells which source it
+was: with v′ among the terms of the mean it is InfoNCE, a lower bound of their mutual information that cannot exceed log2 (n + 1) (van den
+Oord et al. 2018); without it, as here, it has no such ceiling and is too high rather than too low (leave one out, Poole et al. 2019).
 
-    p = (1 + #{others at least as likely as v′}) / (n + 1)
+    p = (1 + #{others at least as likely as v′_1}) / (n + 1)
 
-is uniform when the text says nothing of its source: then v′ and the others are exchangeable. Neither says that the text is true.
+is uniform when the text says nothing of its source: then v′_1 and the others, read behind the same prefix, are exchangeable. None of these
+says that the text is true.
 """
 
 from __future__ import annotations
@@ -33,6 +39,15 @@ def bits_over(log_p: float, controls: Float[Tensor, " control"]) -> float:
         return math.nan
     mean = torch.logsumexp(controls.double(), 0) - math.log(len(controls))
     return (log_p - float(mean)) / math.log(2)
+
+
+def explained(log_p: float, others: Float[Tensor, " control"]) -> float:
+    """1 − log p / log mean p(other): the share of the text's surprise that its source accounts for; 0 where there is none to account for.
+    NaN without others."""
+    if not len(others):
+        return math.nan
+    surprise = math.log(len(others)) - float(torch.logsumexp(others.double(), 0))
+    return 1 + log_p / surprise if surprise > 1e-9 else math.nan if math.isnan(surprise + log_p) else 0.0
 
 
 def p_value(log_p: float, others: Float[Tensor, " control"]) -> float:

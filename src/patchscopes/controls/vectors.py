@@ -24,7 +24,8 @@ from patchscopes.core.errors import VectorError
 
 N_OTHERS = 24  # other sources a reading is compared with: the smallest p-value is 1/25
 N_RANDOM = 8
-SECOND_LOOK = "Here is some text.\n"  # the neutral prefix behind which every source is read again
+# the neutral prefixes behind which every source is read again; the first is also that of the other sources
+SECOND_LOOKS = ("Here is some text.\n", "Listen. ", "Some facts. Here is what we know. ")
 CONTEXT = "One of the words was:"  # what the words that are read stand behind, without their own context
 
 POOL_NAME = "patchscopes-pool-1"

@@ -5,7 +5,7 @@ as good as any other: p = (1 + number of shuffled pairings at least as good) / (
 for more than which relation was meant.
 
 Shuffles may leave a row in its place: only so is the true pairing one of them, and the test exact. Against derangements alone, which
-leave none, p is too small in small groups (in pairs 12 % of noise came out at p ≤ .05), so these give a rate and no p: `deranged`, the
+leave none, p is too small in small groups (of four rows, 12 % of noise came out at p ≤ .05), so these give a rate and no p: `deranged`, the
 mean over all of them, which by symmetry is the mean score against the others of the group.
 """
 

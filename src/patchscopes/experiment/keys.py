@@ -32,7 +32,10 @@ KEYS = {
         "mean, random, random_covariance, other, context, text, text_at_position."
     ),
     "evidence": "With controls: weigh the evidence of readings, which takes some 30 runs of each text; false: only their rows.",
-    "second_look": "The neutral text behind which sources are read again for their evidence. Absent: a short one.",
+    "second_look": (
+        "The neutral text behind which sources are read again for their evidence. Several, as a list: the mean over them. Absent: three "
+        "short ones."
+    ),
     "outputs": "What is kept beside the table.",
     "top_k": "How many of the likeliest next tokens of each patched run stand in the table.",
     "save_vectors": "Keep the states that were read, as safetensors.",

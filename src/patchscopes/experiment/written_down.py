@@ -102,7 +102,7 @@ def _part(name: str, sources: list[Source], scope: Patchscope, folder: Path) -> 
         "temperature": float(scope.temperature),
         "draws": scope.draws,
         "seed": scope.seed,
-        "second_look": scope.second_look,
+        "second_look": scope.second_look if isinstance(scope.second_look, str) else list(scope.second_look),
     }
 
 

@@ -36,6 +36,7 @@ RESULTS: dict[str, Any] = {
     "bits_over_random": pl.Float64,
     "bits_over_others": pl.Float64,
     "bits_over_text": pl.Float64,
+    "explained": pl.Float64,
     "p_value": pl.Float64,
     "verdict": pl.String,
     "top_ids": pl.List(pl.Int64),

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from patchscopes.controls.evidence import bits_over, p_value, verdict
+from patchscopes.controls.evidence import bits_over, explained, p_value, verdict
 from patchscopes.controls.other_model import OtherModel
 from patchscopes.controls.random_blocks import RandomBlocks, random_blocks
 from patchscopes.controls.texts import source_text
@@ -47,9 +47,10 @@ class Controls:
     def __init__(self, viewing: Viewing, asked: Sequence[Control]):
         self.viewing, self.seed, self.asked = viewing, viewing.scope.seed, tuple(asked)
         self.names = [name_of(control) for control in asked]
-        origin, layers, site, behind = viewing.origin, viewing.read_layers, viewing.site, viewing.scope.second_look
+        origin, layers, site, looks = viewing.origin, viewing.read_layers, viewing.site, viewing.scope.looks
         reach = viewing.reach
-        self.second = Sight(origin, viewing.places, layers, site, behind, reach)
+        self.looks = [Sight(origin, viewing.places, layers, site, behind, reach) for behind in looks]
+        self.second = self.looks[0]
         pool = [Place(-1 - k, text, tokens, len(tokens) - 1) for k, text in enumerate(POOL) for tokens in [origin.tokens(text)]]
         self.sources: dict[bool, _Ring] = {}  # by whether they are bare vectors
         for bare in (False, True):
@@ -59,7 +60,7 @@ class Controls:
         self.pool = pool if fewest < N_OTHERS or "random_covariance" in self.names else []
         self.pool_ring = _Ring(self.seed, dict(enumerate(self.pool)))
         self.pool_first = Sight(origin, self.pool, layers, site, reach=reach)
-        self.pool_second = Sight(origin, self.pool, layers, site, behind, reach)
+        self.pool_second = Sight(origin, self.pool, layers, site, looks[0], reach)
         self._others: dict[tuple[str, bool], list[tuple[str, int]]] = {}
         self._filled: dict[tuple[int, int, str | None], Tokens | None] = {}
         self.contexts = [in_context(origin, place) for place in viewing.places] if "context" in self.names else []
@@ -88,7 +89,7 @@ class Controls:
             "pool_prompts": [place.text for place in self.pool],
             "others_per_reading": [len(self.others(p)) for p in range(len(self.viewing.places))],
             "random_per_reading": N_RANDOM,
-            "second_look": self.viewing.scope.second_look,
+            "second_looks": list(self.viewing.scope.looks),
             "kinds": self.names,
             "absent": {name: dict(reasons) for name, reasons in self.never.items()},
             **({"context": CONTEXT} if self.contexts else {}),
@@ -118,6 +119,8 @@ class Controls:
             self.pool_first.need(range(len(self.pool)))
         if self.viewing.evidence:
             self.second.need(places | others)
+            for look in self.looks[1:]:
+                look.need(places)
             self.pool_second.need(range(len(self.pool)))
         if self.context is not None:
             self.context.need(p for p in places if isinstance(self.contexts[p], Place))
@@ -255,15 +258,17 @@ def evidence_of(
 def _columns(scores: dict[str, list[float]] | None, words: float | None) -> dict[str, Any]:
     if scores is None:  # a vector without a prompt has no second look
         return {"verdict": "not run"}
-    (own,) = scores["own"]
+    looks = scores["own"]
+    own = sum(looks) / len(looks)
     nothing, random_, others = (torch.tensor(scores[kind], dtype=torch.float64) for kind in ("nothing", "random", "others"))
     over_nothing, over_random, over_others = (bits_over(own, control) for control in (nothing, random_, others))
-    p = p_value(own, others)
+    p = p_value(looks[0], others)  # whose prefix is the others'
     return {
         "bits_over_nothing": over_nothing,
         "bits_over_random": over_random,
         "bits_over_others": over_others,
         "bits_over_text": None if words is None else bits_over(own, torch.tensor([words], dtype=torch.float64)),
+        "explained": explained(own, others),
         "p_value": p,
         "verdict": verdict(over_nothing, over_random, over_others, p),
     }
@@ -272,19 +277,20 @@ def _columns(scores: dict[str, list[float]] | None, words: float | None) -> dict
 def _under_vectors(
     world: Controls, cells: Sequence[Cell], texts_of: Mapping[Cell, Sequence[int]]
 ) -> dict[Cell, dict[str, list[float]]]:
-    """log p (nats) of each reading's text under its second look ("own") and under every control vector."""
+    """log p (nats) of each reading's text under its second looks ("own") and under every control vector."""
     viewing = world.viewing
     model, scope = viewing.target_model, viewing.scope
     cases: list[Case] = []
     owners: list[tuple[Cell, str]] = []
     for cell in cells:
-        second = viewing.state(world.second, cell.place, cell)
-        if second is None:
+        looks = [viewing.state(look, cell.place, cell) for look in world.looks]
+        again = [viewing.mapped(cell, state) for state in looks if state is not None]
+        if len(again) < len(looks):
             continue
-        own = viewing.mapped(cell, second)
+        own = again[0]
         others = [world.state(other, cell, second=True) for other in world.others(cell.place)]
         random_ = random_like(own.expand(N_RANDOM, *own.shape), f"{scope.seed} scored {viewing.identity(cell)}")
-        kinds: list[tuple[str, Tensor | None]] = [("own", own), ("nothing", None)]
+        kinds: list[tuple[str, Tensor | None]] = [*(("own", state) for state in again), ("nothing", None)]
         kinds += [("random", state) for state in random_]
         kinds += [("others", viewing.mapped(cell, state)) for state in others if state is not None]
         ids = viewing.target_of(cell).tokens.ids

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import polars as pl
 import torch
 
-from patchscopes.controls.vectors import SECOND_LOOK
+from patchscopes.controls.vectors import SECOND_LOOKS
 from patchscopes.core.edits import Edit, Write
+from patchscopes.core.errors import InputError
 from patchscopes.core.layers import Layers
 from patchscopes.maps import Identity, Map
 from patchscopes.model.model import Model, Prompt
@@ -51,7 +52,7 @@ class Patchscope:
                     (classifier-free guidance). Then `logprob`, `logits` and evidence are those of p + w (p − u); of runs in which nothing
                     is written (`nothing`, `text`) those of p
     temperature     0: greedy; else `draws` texts are sampled for every cell, from seeds that depend on `seed` and the cell alone
-    second_look     the neutral text behind which sources are read again for their evidence
+    second_look     the neutral text behind which sources are read again for their evidence, or several
     """
 
     prompt: Prompt | Sequence[Prompt] | None
@@ -70,8 +71,16 @@ class Patchscope:
     temperature: float = 0.0
     draws: int = 1
     seed: int = 0
-    second_look: str = SECOND_LOOK
+    second_look: str | Sequence[str] = SECOND_LOOKS
     name: str = "patchscope"
+
+    @property
+    def looks(self) -> tuple[str, ...]:
+        """The texts of the second looks. InputError if there is none."""
+        found = (self.second_look,) if isinstance(self.second_look, str) else tuple(self.second_look)
+        if not found:
+            raise InputError("second_look is an empty list; expected a neutral text, or several")
+        return found
 
     def __call__(
         self,

@@ -42,6 +42,7 @@ SCHEMA: dict[str, Any] = {
     "bits_over_random": pl.Float64,
     "bits_over_others": pl.Float64,
     "bits_over_text": pl.Float64,
+    "explained": pl.Float64,
     "p_value": pl.Float64,
     "verdict": pl.String,
 }
@@ -50,6 +51,7 @@ UNITS = {
     "logprob": "nats",
     "norm_ratio": "ratio",
     "p_value": "probability",
+    "explained": "share",
     **{f"bits_over_{k}": "bits" for k in ("nothing", "random", "others", "text")},
 }
 

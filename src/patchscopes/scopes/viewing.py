@@ -189,7 +189,7 @@ class Viewing:
         """What all cells have in common, as a hash: where vectors are read and written, decoding, seed; not the models."""
         scope = self.scope
         parts = [self.site, scope.site, scope.write, scope.max_new_tokens, list(scope.stop), scope.temperature, scope.seed]
-        parts += [scope.second_look if self.controls else None]
+        parts += [scope.looks if self.controls else None]
         parts += [(scope.spread, scope.carry)] if scope.spread != "here" else []
         parts += [f"guidance {scope.guidance}"] if scope.guidance else []
         parts += [] if self.evidence or not self.controls else ["no evidence"]
