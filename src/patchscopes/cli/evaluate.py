@@ -39,6 +39,10 @@ EXPERIMENTS = {
         "patchscopes.evaluate.back_patching",
         "do late states, written back earlier, correct questions of two hops?",
     ),
+    "privileged": (
+        "patchscopes.evaluate.privileged",
+        "do readings tell anything that the text and the speaker's own knowledge do not?",
+    ),
     "cross-model": (
         "patchscopes.evaluate.cross_model",
         "can a model say what another model's states hold, through an affine map?",

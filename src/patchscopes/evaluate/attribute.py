@@ -69,7 +69,7 @@ def plan(asked: Asked, settings: Settings) -> list[Experiment]:
     rest = [_grid(asked, settings, items)]
     rest += [_grid(asked, replace(settings, spread="here"), items)] if settings.spread != "here" else []
     rest += [_controls(asked, settings, items, (1, 1))]
-    rest += [_vectors(asked, settings, _probed(asked, settings, items, pool))] if settings.probe else []
+    rest += [vectors(asked, settings, _probed(asked, settings, items, pool))] if settings.probe else []
     return [*([asking(asked, settings, items)] if settings.known == "model" else []), *rest]
 
 
@@ -99,7 +99,7 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
     probes = None
     if settings.probe:
         probed = _probed(asked, settings, items, pool)
-        runs.append(recorded(asked, _vectors(asked, settings, probed)))
+        runs.append(recorded(asked, vectors(asked, settings, probed)))
         probes = probing.probe(runs[-1], probed.items, seed=asked.seed)
     own, deviations = settings_of(settings, asked)
     return extraction.result(
@@ -235,7 +235,7 @@ def _controls(asked: Asked, settings: Settings, items: Items, cell: tuple[int, i
     return experiment(asked, settings, items, "attribute-controls", parts, layers=[cell[0]], controls=True)
 
 
-def _vectors(asked: Asked, settings: Settings, items: Items) -> Experiment:
+def vectors(asked: Asked, settings: Settings, items: Items) -> Experiment:
     """The source vectors, for the probe: the logit lens is the cheapest scope."""
     keys = list(dict.fromkeys((item.prompt, item.at) for item in items.items))
     prompts = [{"text": text, "at": at, "labels": {"at": at}} for text, at in keys]

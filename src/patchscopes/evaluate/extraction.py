@@ -56,20 +56,28 @@ class Shared:
 
 def questions(items: Sequence[Item]) -> list[str]:
     """The target prompt with each subject in it."""
-    return list(dict.fromkeys(item.target.replace("{x}", item.subject) for item in items))
+    return list(dict.fromkeys(question(item) for item in items))
+
+
+def question(item: Item) -> str:
+    """The same of one item."""
+    return item.target.replace("{x}", item.subject)
+
+
+def answers(run: Run, parts: Sequence[tuple[str, str, Sequence[Item]]]) -> dict[str, str]:
+    """What a model said to each question in words. parts: (name, target prompt, items) of the run (see `attribute.asking`)."""
+    rows = run.table(control="none", status="ok").select("part", "target", "text")
+    said = {(part, k): text for part, k, text in rows.iter_rows()}
+    texts: dict[str, str] = {}  # what two parts ask was asked once
+    for name, _, some in parts:
+        texts |= {one: said[name, k] for k, one in enumerate(questions(some)) if (name, k) in said}
+    return texts
 
 
 def knows(run: Run, parts: Sequence[tuple[str, str, Sequence[Item]]]) -> set[Item]:
-    """The items whose object the model says when asked in words, by the paper's test. parts: (name, target prompt, items) of the run (see
-    `attribute.asking`)."""
-    rows = run.table(control="none", status="ok").select("part", "target", "text")
-    said = {(part, k): text for part, k, text in rows.iter_rows()}
-    texts: dict[str, str] = {}  # by question: what two parts ask was asked once
-    for name, _, some in parts:
-        texts |= {question: said[name, k] for k, question in enumerate(questions(some)) if (name, k) in said}
-    return {
-        item for *_, some in parts for item in some if _contains(texts.get(item.target.replace("{x}", item.subject), ""), item)
-    }
+    """The items whose object the model says when asked in words, by the paper's test."""
+    texts = answers(run, parts)
+    return {item for *_, some in parts for item in some if says(texts.get(question(item), ""), item)}
 
 
 def grid_hits(run: Run, items: Sequence[Item], *, seed: int) -> Hits:
@@ -84,7 +92,7 @@ def grid_hits(run: Run, items: Sequence[Item], *, seed: int) -> Hits:
         items = kept
     found = np.array([[said[i.key].get(cell, "") for cell in cells] for i in kept], object)
     names = _scored(found, kept, _names)
-    paper = _scored(found, kept, _contains)
+    paper = _scored(found, kept, says)
     partner = statistics.strangers([i.relation for i in kept], [i.answers[0] for i in kept], [i.cluster for i in kept], seed)
     crossed = np.full(names.shape, np.nan)
     for k, other in enumerate(partner):
@@ -101,7 +109,8 @@ def _names(text: str, item: Item) -> bool:
     return scoring.names(text, item.answers)
 
 
-def _contains(text: str, item: Item) -> bool:
+def says(text: str, item: Item) -> bool:
+    """Whether a text gives the item's answer, by the paper's test."""
     return any(scoring.contains(text, answer) for answer in item.answers)
 
 
