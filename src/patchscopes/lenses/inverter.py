@@ -353,7 +353,8 @@ def _known(model: Model) -> set[int]:
 
 def _embeddings(model: Model) -> Float[Tensor, "vocab d_model"]:
     """ê. VectorError where the table of embeddings is of another width than the stream."""
-    table = getattr(model.hf, "get_input_embeddings")().weight.detach().float()[: model.vocab]
+    hf: Any = model.hf
+    table = hf.get_input_embeddings().weight.detach().float()[: model.vocab]
     if table.shape[-1] != model.d_model:
         raise VectorError(
             f"the embeddings of {model.name} are {table.shape[-1]} wide, its stream {model.d_model}; an inverter needs both alike"

@@ -3,10 +3,10 @@
     T = "name₁ -> name₁\\n … nameₖ -> nameₖ\\nx ->",   i* = x,   ℓ* = 0,   f = identity
 
 The repeat prompt of Biran et al. 2024 ("Hopping Too Late", code) is "Syria: Syria, Leonardo DiCaprio: Leonardo DiCaprio, Samsung:
-Samsung, x". A model that knows entity descriptions goes on with one behind a colon, so the shape of the token-identity prompt is taken, and
-the arrow behind x is given. Where a source reads all states of a name (`Source(..., span="piece")`), they stand in as many places of x:
-inversion from all tokens; else from one vector (Li et al. 2025, arXiv 2509.13316, inversions A and B). What comes out is what the text alone
-would have told. ℓ* is 0 because the model has to read the name yet: on the bundled model names come back from deeper layers than with
+Samsung, x". A model that knows entity descriptions goes on with one behind a colon, so the shape of the token-identity prompt is taken,
+and the arrow behind x is given. Where a source reads all states of a name (`Source(..., span="piece")`), they stand in as many places of
+x: inversion from all tokens; else from one vector (Li et al. 2025, arXiv 2509.13316, inversions A and B). What comes out is what the text
+alone would have told. ℓ* is 0 because the model has to read the name yet: on the bundled model names come back from deeper layers than with
 ℓ* = 1 or ℓ* = ℓ (docs/inversion.md).
 """
 
