@@ -16,6 +16,7 @@ from patchscopes.scopes.linear_shortcut import linear_shortcut
 from patchscopes.scopes.logit_lens import logit_lens
 from patchscopes.scopes.patchscope import Patchscope
 from patchscopes.scopes.readings import Grid, Readings
+from patchscopes.scopes.repeat import repeat
 from patchscopes.scopes.self_correct import in_one_prompt, self_correct
 from patchscopes.scopes.selfie import Relevancy, relevancy, selfie
 from patchscopes.scopes.source import Source
@@ -52,6 +53,7 @@ __all__ = [
     "linear_shortcut",
     "logit_lens",
     "relevancy",
+    "repeat",
     "self_correct",
     "selfie",
     "superscope",
