@@ -11,8 +11,8 @@ must not. (Criterion F1 of faithful verbalizers; dose and response as in Turner 
     area       mean over λ > 0 of log_p(λ) − log_p(0); `p_value`: its rank among the random directions', 1/(draws + 1) at best
     half       the λ at which the answer becomes likelier than the one that it replaces (between two doses linear); null if it never does
 
-τ alone proves little: along a random direction the curve is smooth too, and a smooth curve is often monotone. Its rank among random
-directions is what counts. λ beyond what the model ever saw breaks the state, and then nothing is said of v either.
+τ alone proves little: along a random direction the curve is smooth too, and a smooth curve is often monotone; and where the answer is certain
+there is no order left. The area's rank among random directions is what counts. λ beyond what the model ever saw breaks the state, and then nothing is said of v either.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def dose_response(
             for dose in grid:
                 rows.append({"place": k, "direction": direction, "draw": draw, "dose": dose})
                 runs.append(one.scope(k, one.states[k] + dose * d))
-    of = [row["place"] for row in rows]
+    of: list[int] = [row["place"] for row in rows]
     likely = log_p(runs, [answers[k] for k in of], scope)
     before = log_p(runs, [instead_of[k] for k in of], scope) if instead_of is not None else None
     said = texts(runs, scope)
