@@ -3,13 +3,14 @@ on the bundled model, where the truth is."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 from dataclasses import replace
 
 import polars as pl
 import pytest
 import torch
-from families import loaded, tiny, tiny_tokenizer
+from families import loaded, randomised, tiny, tiny_tokenizer
 from oracle import Patch, full_logits, states, text_log_p
 
 import patchscopes as ps
@@ -406,3 +407,20 @@ def test_questions_behind_a_mention() -> None:
     assert follow_up(item("{x} lies in")) is None
     assert in_other_words(item("The capital of {x} is")) == "I am sure that the capital of Peru is"
     assert in_other_words(item("{x} lies in")) == "I am sure that Peru lies in"
+
+
+def test_the_page_of_a_random_model() -> None:
+    """It knows nothing, so no pair counts and nothing is foretold; and the page says so instead of failing."""
+    from patchscopes.evaluate import planted
+    from patchscopes.evaluate.data import sampled
+    from patchscopes.evaluate.faithfulness import faithfulness
+
+    atlas = ps.load("atlas")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        random = ps.load((randomised(copy.deepcopy(atlas.hf)), atlas.tokenizer))
+    facts = [item for item in planted.items().items if item.relation == "country.language"]
+    found = faithfulness(random, sampled(facts, 6, 0), (3, 2), doses=(0, 1), draws=3)
+    assert found.tables[0].rows == () and found.scores["agreement"][-1]["both"] == 0
+    assert found.scores["prediction"]["reading"]["value"] == 0 and len(found.claims) == 4, found.claims
+    assert "nan" not in " ".join(found.claims)

@@ -25,9 +25,10 @@ import polars as pl
 import torch
 
 from patchscopes.core.errors import InputError
-from patchscopes.evaluate import statistics
+from patchscopes.evaluate import agreement, statistics
 from patchscopes.evaluate.data import Item
 from patchscopes.evaluate.frame import Line, Lines, Table
+from patchscopes.evaluate.paired import Compared, compared
 from patchscopes.evaluate.scoring import names
 from patchscopes.evaluate.statistics import Estimate
 from patchscopes.measures import (
@@ -215,7 +216,8 @@ def _swaps(
         swap = causal_swap(
             one.sources, one.scope, one.answers, asked, one.pairs, entities=who, others=others, says=names, seed=seed
         )
-        tables.append(swap.table.with_columns(relation=pl.lit(one.name)))
+        of = pl.Series("cluster", [who[k] for k in swap.table["place"]])
+        tables.append(swap.table.with_columns(of, relation=pl.lit(one.name)))
     if not tables:
         return None, []
     table = pl.concat(tables)
@@ -230,6 +232,11 @@ def _swaps(
         strata = [f"{edit} {relation}" for edit, relation in some.select("edit", "relation").iter_rows()]
         one = agreement_of(some["behaviour_new"].to_list(), some["description_new"].to_list(), strata)
         moved.append({"edit": name, **vars(one)})
+    every = known_pairs.filter(pl.col("edit") != "none")
+    both = agreement.agreement(
+        every["behaviour_new"].to_numpy(), every["description_new"].to_numpy(), every["cluster"].to_list(), seed=seed
+    )
+    moved[-1] |= {"kappa_low": both.kappa.low, "kappa_high": both.kappa.high}
     return rates, moved
 
 
@@ -297,14 +304,12 @@ def _share(told: pl.DataFrame, kind: str, seed: int, column: str = "says") -> Es
     return statistics.rate(some[column].cast(pl.Float64).to_numpy(), some["cluster"].to_list(), seed=seed)
 
 
-def _against(told: pl.DataFrame, kind: str, seed: int) -> tuple[Estimate, float]:
-    """(the reading's share less that of a kind, entity by entity; exact p of McNemar's test)."""
+def _against(told: pl.DataFrame, kind: str, seed: int) -> Compared:
+    """The reading and a kind, item by item."""
     keys = ["relation", "place", "cluster"]
     one, other = (told.filter(pl.col("kind") == which).select(*keys, "says") for which in ("reading", kind))
     both = one.join(other, on=keys, suffix="_other")
-    first, second = both["says"].to_numpy(), both["says_other"].to_numpy()
-    p = statistics.mcnemar(int((first & ~second).sum()), int((second & ~first).sum()))
-    return statistics.difference(first, second, both["cluster"].to_list(), seed=seed), p
+    return compared(both["says"].to_numpy(), both["says_other"].to_numpy(), both["cluster"].to_list(), seed=seed)
 
 
 def _dose_scores(dose: pl.DataFrame, seed: int) -> dict[str, Any]:
@@ -363,7 +368,7 @@ def _swap_table(swap: pl.DataFrame | None) -> Table:
 
 def _agreement_table(moved: Sequence[dict[str, Any]]) -> Table:
     columns = ("edit", "both", "behaviour only", "description only", "neither", "φ", "κ", "p")
-    rows = tuple(tuple(row.values()) for row in moved)
+    rows = tuple(tuple(row.values())[: len(columns)] for row in moved)
     caption = "Pairs by whether behaviour and description changed to the other object; p: exact, within edits and relations"
     return Table("faithfulness-agreement", caption, columns, rows)
 
@@ -386,9 +391,11 @@ def _told_table(told: pl.DataFrame, seed: int) -> Table:
             _share(told, kind, seed, "first"),
             told.filter(pl.col("kind") == kind)["log_p"],
         )
-        p = None if kind == "reading" else _against(told, kind, seed)[1]
+        p = None if kind == "reading" else _against(told, kind, seed).p_clustered
         rows.append((_TOLD[kind], says.n, says.value, says.low, says.high, next_.value, some.mean(), p))
-    caption = "Prediction: readings that foretell what the model answers when asked in other words; p: McNemar's exact test of single items"
+    caption = (
+        "Prediction: readings that foretell what the model answers when asked in other words; p: sign flips of whole entities"
+    )
     return Table("faithfulness-prediction", caption, columns, tuple(rows), ("says", "low", "high", "next token"))
 
 
@@ -396,6 +403,8 @@ def _claims(
     swap: pl.DataFrame | None, moved: Sequence[dict[str, Any]], scores: dict[str, Any], told: pl.DataFrame, seed: int
 ) -> tuple[str, ...]:
     claims = []
+    if swap is not None and swap.is_empty():
+        claims.append("Behaviour and description never both say the fact's own object, so there is nothing to swap.")
     if swap is not None and (rates := {row["edit"]: row for row in swap.to_dicts()}):
         for edit, of in (
             ("direction", "along the difference of the objects' other entities"),
@@ -409,7 +418,8 @@ def _claims(
                     f"{null['description_new']:.0%}."
                 )
         every = moved[-1]
-        kappa = f" (κ = {every['kappa']:.2f})" if every["kappa"] == every["kappa"] else ""
+        between = f"{every['kappa']:.2f}, {every['kappa_low']:.2f} to {every['kappa_high']:.2f}"
+        kappa = f" (κ = {between})" if every["kappa"] == every["kappa"] else ""
         claims.append(
             f"Over all edits behaviour and description agree in {every['both'] + every['neither']} of "
             f"{sum(every[k] for k in ('both', 'behaviour_only', 'description_only', 'neither'))} cases{kappa}; the "
@@ -423,14 +433,16 @@ def _claims(
         )
     bits = [(row["items"], row["reading_bits"], row["words_bits"]) for row in scores["reconstruction"]]
     n, reading, words = (np.array(column, float) for column in zip(*bits, strict=True))
-    claims.append(
-        f"Put into neutral sentences, readings bring back {np.nanmean(reading):.2f} bits of which entity of its relation a state is of; "
-        f"the entity's name {np.nanmean(words):.2f}, of at most {np.log2(n).mean():.2f}."
-    )
+    if not (np.isnan(reading).all() or np.isnan(words).all()):
+        claims.append(
+            f"Put into neutral sentences, readings bring back {np.nanmean(reading):.2f} bits of which entity of its relation a state is "
+            f"of; the entity's name {np.nanmean(words):.2f}, of at most {np.log2(n).mean():.2f}."
+        )
     best = "asked" if "asked" in set(told["kind"]) else "text"
-    apart, p = _against(told, best, seed)
+    against = _against(told, best, seed)
     claims.append(
         f"Readings foretell {_share(told, 'reading', seed)} of the model's own answers in other words; {_TOLD[best]}: "
-        f"{_share(told, best, seed)}. The difference is {apart}, p = {p:.2g}; another entity's state: {_share(told, 'shuffled', seed)}."
+        f"{_share(told, best, seed)}. The difference is {against.difference}, p = {against.p_clustered:.2g}; another entity's "
+        f"state: {_share(told, 'shuffled', seed)}."
     )
     return tuple(claims)
