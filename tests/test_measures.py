@@ -3,13 +3,14 @@ on the bundled model, where the truth is."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 from dataclasses import replace
 
 import polars as pl
 import pytest
 import torch
-from families import loaded, tiny, tiny_tokenizer
+from families import loaded, randomised, tiny, tiny_tokenizer
 from oracle import Patch, full_logits, states, text_log_p
 
 import patchscopes as ps
@@ -365,3 +366,61 @@ def test_text_behind_a_prompt_must_not_change_its_tokens() -> None:
     one = stand_in.one_each(SCOPE, ps.Source(atlas, "We talked about Franc", layer=2))
     with pytest.raises(PositionError, match="begin the text with a space"):
         one.source(0, "e is", None)
+
+
+# ------------------------------------------------------------------------------------------------------------------ all on one page
+
+
+def test_the_page_of_atlas() -> None:
+    from patchscopes.evaluate import planted
+    from patchscopes.evaluate.data import sampled
+    from patchscopes.evaluate.faithfulness import faithfulness
+
+    facts = [item for item in planted.items().items if item.relation in ("country.language", "animal.class")]
+    some, pool = sampled(facts, 4, 0), sampled(facts, 24, 0)
+    found = faithfulness(ps.load("atlas"), some, (3, 2), pool=pool, doses=(0, 0.5, 1), draws=3)
+    swap, agreement, rebuilt, told = found.tables
+    assert {row[0]: row[2] for row in swap.rows}["state"] >= 0.75 and swap.rows[0][2] == 0
+    everything = agreement.rows[-1]
+    assert everything[0] == "all" and sum(everything[1:5]) == sum(row[1] for row in swap.rows[1:]) and everything[5] > 0.6
+    assert [row[0] for row in rebuilt.rows] == ["country.language", "animal.class"] and all(
+        row[6] > row[2] for row in rebuilt.rows
+    )
+    assert told.rows[0][:3] == ("the state", 8, 1.0) and told.rows[0][-1] is None
+    own, random = found.figures[0].lines
+    assert own.y[0] == 0 and own.y[-1] == 1 and max(random.y) < 0.2 and random.dashed
+    assert found.scores["dose"]["above_all_random"] == 1 and found.scores["dose"]["by_chance"] == 0.25
+    assert len(found.claims) == 6
+    with pytest.raises(InputError, match="three items"):
+        faithfulness(ps.load("atlas"), some[:2], (3, 2))
+
+
+def test_questions_behind_a_mention() -> None:
+    from patchscopes.evaluate.data import Item
+    from patchscopes.evaluate.faithfulness import follow_up, in_other_words
+
+    def item(target: str) -> Item:
+        return Item("r", "Peru", ("Lima",), "Peru", "Peru", target, "Peru")
+
+    assert follow_up(item("The capital of {x} is")) == ". The capital is"
+    assert follow_up(item("{x}'s capital is")) == ". Its capital is"
+    assert follow_up(item("{x} lies in")) is None
+    assert in_other_words(item("The capital of {x} is")) == "I am sure that the capital of Peru is"
+    assert in_other_words(item("{x} lies in")) == "I am sure that Peru lies in"
+
+
+def test_the_page_of_a_random_model() -> None:
+    """It knows nothing, so no pair counts and nothing is foretold; and the page says so instead of failing."""
+    from patchscopes.evaluate import planted
+    from patchscopes.evaluate.data import sampled
+    from patchscopes.evaluate.faithfulness import faithfulness
+
+    atlas = ps.load("atlas")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        random = ps.load((randomised(copy.deepcopy(atlas.hf)), atlas.tokenizer))
+    facts = [item for item in planted.items().items if item.relation == "country.language"]
+    found = faithfulness(random, sampled(facts, 6, 0), (3, 2), doses=(0, 1), draws=3)
+    assert found.tables[0].rows == () and found.scores["agreement"][-1]["both"] == 0
+    assert found.scores["prediction"]["reading"]["value"] == 0 and len(found.claims) == 4, found.claims
+    assert "nan" not in " ".join(found.claims)

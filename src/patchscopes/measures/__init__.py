@@ -4,7 +4,7 @@ and gives its figures beside its nulls."""
 from patchscopes.measures.dose import Dose, dose_response
 from patchscopes.measures.prediction import Paired, Prediction, prediction
 from patchscopes.measures.reconstruction import Rebuilt, Reconstruction, reconstruction
-from patchscopes.measures.swap import Agreement, Swap, causal_swap, class_directions
+from patchscopes.measures.swap import Agreement, Swap, agreement_of, causal_swap, class_directions
 
 __all__ = [
     "Agreement",
@@ -14,6 +14,7 @@ __all__ = [
     "Rebuilt",
     "Reconstruction",
     "Swap",
+    "agreement_of",
     "causal_swap",
     "class_directions",
     "dose_response",

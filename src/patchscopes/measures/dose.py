@@ -9,10 +9,12 @@ must not. (Criterion F1 of faithful verbalizers; dose and response as in Turner 
     says       whether the greedy text says the answer
     tau        Kendall's τ of log_p over λ, with its exact one-sided p-value (all orders equally likely)
     area       mean over λ > 0 of log_p(λ) − log_p(0); `p_value`: its rank among the random directions', 1/(draws + 1) at best
-    half       the λ at which the answer becomes likelier than the one that it replaces (between two doses linear); null if it never does
+    half       the λ at which the answer becomes likelier than the one that it replaces (between two doses linear); null if it never
+               does, or is so from the start
 
-τ alone proves little: along a random direction the curve is smooth too, and a smooth curve is often monotone. Its rank among random
-directions is what counts. λ beyond what the model ever saw breaks the state, and then nothing is said of v either.
+τ alone proves little: along a random direction the curve is smooth too, and a smooth curve is often monotone; and where the answer is
+certain there is no order left. The area's rank among random directions is what counts. λ beyond what the model ever saw breaks the state,
+and then nothing is said of v either.
 """
 
 from __future__ import annotations
@@ -115,7 +117,7 @@ def dose_response(
             for dose in grid:
                 rows.append({"place": k, "direction": direction, "draw": draw, "dose": dose})
                 runs.append(one.scope(k, one.states[k] + dose * d))
-    of = [row["place"] for row in rows]
+    of: list[int] = [row["place"] for row in rows]
     likely = log_p(runs, [answers[k] for k in of], scope)
     before = log_p(runs, [instead_of[k] for k in of], scope) if instead_of is not None else None
     said = texts(runs, scope)
@@ -148,7 +150,7 @@ def _half(doses: Sequence[float], odds: Sequence[float | None]) -> float | None:
     """Where the odds first pass 0 upwards."""
     known = [(dose, value) for dose, value in zip(doses, odds, strict=True) if value is not None and not isnan(value)]
     if known and known[0][1] >= 0:
-        return known[0][0]
+        return None
     for (low, below), (high, above) in pairwise(known):
         if below < 0 <= above:
             return low + (high - low) * -below / (above - below)

@@ -120,7 +120,9 @@ def causal_swap(
             rows.append({"place": a, "partner": b, "edit": edit})
             behaving.append(one.source(a, question, state))
             describing.append(one.scope(a, h if state is None else state))
-    old, new = ([answers[row[which]] for row in rows] for which in ("place", "partner"))
+    before: list[int] = [row["place"] for row in rows]
+    after: list[int] = [row["partner"] for row in rows]
+    old, new = [answers[a] for a in before], [answers[b] for b in after]
     for name, runs in (("behaviour", behaving), ("description", describing)):
         said = texts(runs, scope)
         odds = [x - y for x, y in zip(log_p(runs, new, scope), log_p(runs, old, scope), strict=True)]
