@@ -36,6 +36,7 @@ from patchscopes.experiment.spec import Experiment
 
 if TYPE_CHECKING:
     from patchscopes.evaluate.privileged_scores import PairScores, Seen
+    from patchscopes.lenses.nearest import TokenVectors
     from patchscopes.model import Model
     from patchscopes.runs import Run
 
@@ -113,7 +114,7 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
     settings = settings or Settings()
     notes: list[str] = []
     runs: list[Run] = []
-    models: dict[str, Model] = {}
+    models = _Models(asked)
     found: list[PairScores] = []
     measured = None
     for k, pair in enumerate(pairs_of(asked, settings)):
@@ -202,7 +203,7 @@ def _of(asked: Asked, name: str) -> Asked:
 
 
 def _pair(
-    asked: Asked, settings: Settings, pair: Pair, models: dict[str, Model], runs: list[Run], notes: list[str]
+    asked: Asked, settings: Settings, pair: Pair, models: _Models, runs: list[Run], notes: list[str]
 ) -> tuple[PairScores, tuple[Item, ...]]:
     from patchscopes.evaluate.answer_bits import answer_bits
     from patchscopes.evaluate.privileged_scores import Baselines, scores_of, seen
@@ -223,12 +224,12 @@ def _pair(
     found = seen(run, items.items)
     if not found.items:
         raise InputError(f"{label}: no reading came out; see `patchscopes show {run.name}`")
-    read, speaks = (_model(asked, name, models) for name in (pair.read, pair.speaks))
+    read, speaks = (models.named(name) for name in (pair.read, pair.speaks))
     bits = answer_bits(read, speaks, found.items, found.layers, settings.target_layer, stop=items.stop, seed=asked.seed)
     named = tuple(said[pair.speaks].get(extraction.question(item), "") for item in found.items)
     inverted = names_found = probe = control = None
     if settings.inversion:
-        inverted, names_found = _inverted(read, speaks, found, items.stop, settings)
+        inverted, names_found = _inverted(read, speaks, models.vectors(pair.read, found.layers), found, items.stop, settings)
     if settings.probe:
         runs.append(recorded(asked, _states(asked, settings, pair, pool)))
         probe, control = _probed(runs[-1], _probe_items(asked, settings, pair, pool).items, found, asked.seed)
@@ -245,13 +246,32 @@ def _answer(text: str, stop: Sequence[str]) -> str:
     return text.strip(" .,;:!?\"'")
 
 
-def _model(asked: Asked, name: str, models: dict[str, Model]) -> Model:
-    if name not in models:
-        from patchscopes.runs.conditions import load_spec
+class _Models:
+    """Loaded models by name, each once; and what the tokens of each look like."""
 
-        spec = _of(asked, name).spec
-        models[name] = (asked.models or {}).get(spec.key) or load_spec(spec)
-    return models[name]
+    def __init__(self, asked: Asked):
+        self.asked = asked
+        self._loaded: dict[str, Model] = {}
+        self._vectors: dict[tuple[str, tuple[int, ...]], TokenVectors] = {}
+
+    def named(self, name: str) -> Model:
+        """The model of that name."""
+        if name not in self._loaded:
+            from patchscopes.runs.conditions import load_spec
+
+            spec = _of(self.asked, name).spec
+            self._loaded[name] = (self.asked.models or {}).get(spec.key) or load_spec(spec)
+        return self._loaded[name]
+
+    def vectors(self, name: str, layers: Sequence[int]) -> TokenVectors:
+        """What a state is compared with in inversion: every token's state at these layers, behind one neutral text."""
+        key = (name, tuple(layers))
+        if key not in self._vectors:
+            from patchscopes.lenses import token_vectors
+            from patchscopes.lenses.nearest import CONTEXTS
+
+            self._vectors[key] = token_vectors(self.named(name), layers=list(layers), contexts=CONTEXTS[:1])
+        return self._vectors[key]
 
 
 def _layers(asked: Asked, settings: Settings, pair: Pair) -> list[int]:
@@ -311,13 +331,13 @@ def _probed(run: Run, items: Sequence[Item], found: Seen, seed: int) -> tuple[np
     return hits, control
 
 
-def _inverted(read: Model, speaks: Model, found: Seen, stop: Sequence[str], settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+def _inverted(
+    read: Model, speaks: Model, by: TokenVectors, found: Seen, stop: Sequence[str], settings: Settings
+) -> tuple[np.ndarray, np.ndarray]:
     """[item, layer]: does M2 say the answer of what is reconstructed from M1's states of the name; does that hold the name?"""
     from patchscopes.evaluate.inversion import answers, invert
     from patchscopes.evaluate.scoring import names
-    from patchscopes.lenses import token_vectors
 
-    by = token_vectors(read, layers=list(found.layers))
     hits, held = np.zeros((2, len(found.items), len(found.layers)))
     for k, layer in enumerate(found.layers):
         prompts, at = [item.prompt for item in found.items], [item.at for item in found.items]
@@ -328,9 +348,7 @@ def _inverted(read: Model, speaks: Model, found: Seen, stop: Sequence[str], sett
     return hits, held
 
 
-def _faithful(
-    asked: Asked, settings: Settings, pair: Pair, models: dict[str, Model], items: Sequence[Item], scores: PairScores
-) -> Any:
+def _faithful(asked: Asked, settings: Settings, pair: Pair, models: _Models, items: Sequence[Item], scores: PairScores) -> Any:
     """The measures of faithfulness of a pair whose model speaks for itself, at the layer that says most; None for another."""
     if pair.read != pair.speaks:
         return None
@@ -338,4 +356,4 @@ def _faithful(
 
     best = max(scores.layers, key=lambda one: (one.over_text.first.value, one.layer))
     some = sampled(items, 6, asked.seed)
-    return faithfulness(_model(asked, pair.read, models), some, (best.layer, settings.target_layer), seed=asked.seed)
+    return faithfulness(models.named(pair.read), some, (best.layer, settings.target_layer), pool=items, seed=asked.seed)

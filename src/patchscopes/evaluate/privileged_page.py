@@ -201,7 +201,7 @@ def _scoring_table(pairs: Sequence[PairScores]) -> Table:
                     g.as_control, g.shared, g.refusal,
                 )
             )  # fmt: skip
-    caption = "Specific and wrong, or vague: what readings name among all answers of the data, and how many would have been said of anything"
+    caption = "Specific and wrong, or vague: what readings name among all answers, and how many would have been said of anything"
     return Table("statements", caption, columns, tuple(rows), tuple(c for c in columns[2:] if c != "commonest text"))
 
 
