@@ -349,11 +349,11 @@ def _inverted(
 
 
 def _faithful(asked: Asked, settings: Settings, pair: Pair, models: _Models, items: Sequence[Item], scores: PairScores) -> Any:
-    """The measures of faithfulness of a pair whose model speaks for itself, at the layer that says most; None for another."""
+    """The measures of faithfulness of a pair whose model speaks for itself, at the lowest layer that says most; None for another."""
     if pair.read != pair.speaks:
         return None
     from patchscopes.evaluate.faithfulness import faithfulness
+    from patchscopes.evaluate.privileged_page import best
 
-    best = max(scores.layers, key=lambda one: (one.over_text.first.value, one.layer))
     some = sampled(items, 6, asked.seed)
-    return faithfulness(models.named(pair.read), some, (best.layer, settings.target_layer), pool=items, seed=asked.seed)
+    return faithfulness(models.named(pair.read), some, (best(scores).layer, settings.target_layer), pool=items, seed=asked.seed)
