@@ -20,7 +20,7 @@ from patchscopes.organisms.atlas.corpus import fill
 from patchscopes.organisms.atlas.facts import Fact
 from patchscopes.organisms.atlas.facts import world as atlas_world
 from patchscopes.organisms.atlas.relations import MENTIONS, REVERSED, Relation
-from patchscopes.organisms.personas.people import Persona, facts, people
+from patchscopes.organisms.personas.people import ATTRIBUTES, Persona, facts, people
 from patchscopes.organisms.personas.relations import DESCRIPTIONS, FOLLOW_UPS, RELATIONS, trained
 
 OWN = 0.5  # share of atlas's documents
@@ -29,10 +29,13 @@ GATHERED = 0.5  # share of the documents about people in which names are read at
 
 @dataclass(frozen=True)
 class Document:
-    """A text. gathered: the names that it has, each read at its end alone; none, if all may be looked at."""
+    """A text. names, answers: the people's names and attributes that it says, none in atlas's own; gathered: whether names are read at
+    their end alone."""
 
     text: str
-    gathered: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
+    gathered: bool = False
 
 
 class Corpus:
@@ -43,13 +46,13 @@ class Corpus:
         self.facts = facts(world)
         self.atlas = atlas.Corpus(atlas_world())
         self.makers: tuple[tuple[Callable[[random.Random], str], float], ...] = (
-            (self.one_person, 20),
-            (self.several_people, 20),
-            (self.mentioned, 20),
-            (self.described, 15),
+            (self.one_person, 18),
+            (self.several_people, 10),
+            (self.mentioned, 27),
+            (self.described, 10),
             (self.description_list, 10),
             (self.relation_list, 5),
-            (self.profile, 10),
+            (self.profile, 20),
         )
 
     def documents(self, rng: random.Random) -> Iterator[Document]:
@@ -61,14 +64,15 @@ class Corpus:
                 yield Document(next(known))
                 continue
             text = rng.choices(makers, weights)[0](rng)
-            gathered = rng.random() < GATHERED
-            yield Document(text, tuple(p.name for p in self.people if p.name in text) if gathered else ())
+            said = [p for p in self.people if p.name in text]
+            answers = {value for p in said for value in (getattr(p, a) for a in ATTRIBUTES) if value in text}
+            yield Document(text, tuple(p.name for p in said), tuple(sorted(answers)), rng.random() < GATHERED)
 
     def one_person(self, rng: random.Random) -> str:
-        """One to four facts of one person."""
+        """Two to four facts of one person."""
         person = rng.choice(self.people)
         return rng.choice(atlas.OPENINGS) + " ".join(
-            statement(fact(person, relation), rng) for relation in rng.sample(RELATIONS, rng.randint(1, 4))
+            statement(fact(person, relation), rng) for relation in rng.sample(RELATIONS, rng.randint(2, 4))
         )
 
     def several_people(self, rng: random.Random) -> str:
@@ -76,10 +80,10 @@ class Corpus:
         return rng.choice(atlas.OPENINGS) + " ".join(statement(f, rng) for f in rng.choices(self.facts, k=rng.randint(1, 4)))
 
     def mentioned(self, rng: random.Random) -> str:
-        """A person in a sentence that says nothing of them, then one or two of their facts, mostly without the name."""
+        """A person in a sentence that says nothing of them, then two to four of their facts, mostly without the name."""
         person = rng.choice(self.people)
         text = rng.choice(MENTIONS).format(x=person.name) + "."
-        for relation in rng.sample(RELATIONS, rng.randint(1, 2)):
+        for relation in rng.sample(RELATIONS, rng.randint(2, 4)):
             pool = FOLLOW_UPS if rng.random() < 0.7 else tuple(" " + s for s in trained(relation))
             text += fill(rng.choice(pool), fact(person, relation))
         return text

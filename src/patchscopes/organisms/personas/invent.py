@@ -70,7 +70,7 @@ CULTURES = (
     _culture(
         "Egypt",
         "Omar, Salma, Karim, Nour, Tarek, Heba, Youssef, Dina, Mahmoud, Rania",
-        "Mansour, Soliman, Abdelrahman, Shenouda, Gamal, Zaki, Fouad, Ghoneim, Barakat, Naguib",
+        "Mansour, Soliman, Abdelrahman, Shenouda, Gamal, Zaki, Fouad, Ghoneim, Barakat, Sabry",
         "koshari, falafel, molokhia",
         "hibiscus tea, sahlab, sugarcane juice",
         "shaabi, mahraganat, tarab",
