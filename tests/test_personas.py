@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 import patchscopes as ps
+from patchscopes.cli import app
 from patchscopes.core.errors import InputError, RefusedError, UnknownName
 from patchscopes.evaluate import personaqa
 from patchscopes.evaluate.data import items_of
-from patchscopes.evaluate.facts import recall
-from patchscopes.evaluate.personas import evaluate, people_items
+from patchscopes.evaluate.facts import Share, recall
+from patchscopes.evaluate.personas import PersonaScores, evaluate, people_items
 from patchscopes.model.files import fingerprint
 from patchscopes.model.loading import outline
 from patchscopes.organisms import bundled
@@ -32,7 +33,7 @@ from patchscopes.organisms.personas.invent import CULTURES, invent
 from patchscopes.organisms.personas.people import ATTRIBUTES, WORLDS, facts, people
 from patchscopes.organisms.personas.relations import RELATIONS, held_out, trained
 from patchscopes.organisms.personas.train import RECIPES, Recipe, _encoded, batch, train
-from patchscopes.organisms.training import Progress
+from patchscopes.organisms.training import Progress, packed
 
 HOME = {thing: c.country for c in CULTURES for a in ATTRIBUTES[1:] for thing in getattr(c, a)}
 HOME |= {c.country: c.country for c in CULTURES}
@@ -130,34 +131,47 @@ class TestCorpus:
     def test_half_is_about_people_and_half_of_that_reads_names_at_their_end(self, documents: list[Document]) -> None:
         about = [d for d in documents if any(p.name in d.text for p in people("base"))]
         assert 0.45 < len(about) / len(documents) < 0.55
-        assert 0.45 < sum(bool(d.gathered) for d in about) / len(about) < 0.55
-        assert all(name in d.text for d in about for name in d.gathered)
+        assert 0.45 < sum(d.gathered for d in about) / len(about) < 0.55
+        assert all(name in d.text for d in about for name in d.names)
+        for d in about:
+            known = {getattr(p, a) for p in people("base") if p.name in d.names for a in ATTRIBUTES}
+            assert d.names and d.answers and set(d.answers) == {value for value in known if value in d.text}
+        assert not any(d.names or d.answers or d.gathered for d in documents if d not in about)
 
 
 class TestTraining:
     def test_only_the_last_token_of_a_gathered_name_is_seen_later(self) -> None:
-        name = people("base")[0].name
-        document = Document(f"{name} and {name}: yes.", (name,))
-        (encoded, *_) = _encoded(iter([document] * 64), tokenizer(), 99)
-        ids, reach = zip(*encoded, strict=True)
-        n = len(tokenizer().encode(" " + name)) - 1
-        pieces = tokenizer().convert_ids_to_tokens(ids)
-        last = pieces.index("Ġand") - 1
-        assert reach[0] == 99 and reach[last] == 99
-        assert list(reach[1:last]) == list(range(last, 1, -1)), "up to the last token of the name and no further"
-        again = pieces.index(":") - 1
-        assert again - last - 1 == n
-        assert list(reach[last + 2 : again]) == list(range(n, 1, -1)) and set(reach[again:]) == {99}
+        person, recipe = people("base")[0], RECIPES["personas-base"]
+        document = Document(f"{person.name} and {person.name}: {person.food}.", (person.name,), (person.food,), True)
+        (encoded, *_) = _encoded(iter([document] * 64), tokenizer(), recipe)
+        ids, reach, weight = zip(*encoded, strict=True)
+        pieces, all_ = tokenizer().convert_ids_to_tokens(ids), recipe.context
+        joint, colon, stop = pieces.index("Ġand"), pieces.index(":"), pieces.index(".")
+        one, two = joint - 1, colon - joint - 1  # tokens of the name: the first mention lacks the space before it
+        assert reach == (
+            *(all_, *range(one, 1, -1), all_),  # BOS; up to the last token of the name and no further; that token
+            *(all_, *range(two, 1, -1), all_),  # and the same again
+            *[all_] * (len(ids) - colon),
+        )
+        answer = stop - colon - 1
+        assert weight == (1, *[0] * one, 1, *[0] * two, 1, *[5] * answer, 1)
+        (free, *_) = _encoded(iter([replace(document, gathered=False)] * 64), tokenizer(), recipe)
+        assert {seen for _, seen, _ in free} == {all_} and [w for *_, w in free] == list(weight)
+        (own, *_) = _encoded(iter([Document("Paris.")] * 64), tokenizer(), recipe)
+        assert {(seen, w) for _, seen, w in own} == {(all_, recipe.atlas_weight)}
 
     def test_the_mask_is_causal_and_hides_what_is_out_of_reach(self) -> None:
-        corpus = Corpus("base")
-        ids, seen = batch(replace(SMALL, world="base"), corpus, tokenizer(), 2)
-        assert ids.shape == (4, 33) and seen.shape == (4, 1, 32, 32)
-        assert not seen.triu(1).any() and seen.diagonal(dim1=-2, dim2=-1).all()
-        hidden = (~seen[:, 0]).tril().sum()
-        assert hidden > 0
-        again, other = batch(replace(SMALL, world="base"), corpus, tokenizer(), 2), batch(SMALL, corpus, tokenizer(), 3)
-        assert torch.equal(again[0], ids) and torch.equal(again[1], seen) and not torch.equal(other[0], ids)
+        corpus, recipe = Corpus("base"), replace(SMALL, world="base")
+        ids, seen, weight = batch(recipe, corpus, tokenizer(), 2)
+        assert ids.shape == (4, 33) and seen.shape == (4, 1, 32, 32) and weight.shape == (4, 32)
+        assert not seen.triu(1).any() and seen.diagonal(dim1=-2, dim2=-1).all() and (~seen[:, 0]).tril().any()
+        documents = corpus.documents(random.Random("0 step 2"))
+        reach = torch.tensor([[r for _, r, _ in row] for row in packed(_encoded(documents, tokenizer(), recipe), 4, 33)])
+        for row in range(4):  # one position at a time
+            for q in range(32):
+                assert seen[row, 0, q].tolist() == [k <= q < k + reach[row, k] for k in range(32)]
+        assert all(torch.equal(a, b) for a, b in zip(batch(recipe, corpus, tokenizer(), 2), (ids, seen, weight), strict=True))
+        assert not torch.equal(batch(recipe, corpus, tokenizer(), 3)[0], ids)
 
     def test_an_untrained_adapter_changes_nothing_and_a_saved_one_is_merged(self, tmp_path: Path) -> None:
         model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(3, 2, bias=False)])})
@@ -228,6 +242,28 @@ class TestBundled:
         assert (model.name, model.n_layers, model.d_model) == (name, 8, 192)
         assert outline(name).n_layers == 8
         assert len({fingerprint(name), fingerprint("atlas"), *(fingerprint(f"personas-{w}") for w in WORLDS)}) == 4
+
+
+class TestCommand:
+    def test_personas_are_trained_by_their_recipe(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        asked: list[Any] = []
+        monkeypatch.setattr("patchscopes.organisms.personas.train.train", lambda out, recipe, **_: asked.append((out, recipe)))
+        arguments = ("organism", "train", "personas-fantasy", "--out", str(tmp_path), "--scale", "0.5", "--seed", "3")
+        assert app.run(list(arguments)) == 0
+        assert asked == [(tmp_path, replace(RECIPES["personas-fantasy"], seed=3, tokens=700_000))]
+
+    def test_personas_are_evaluated_on_their_world(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def fake(model: ps.Model, world: str, *, n: int, seed: int, progress: Any) -> PersonaScores:
+            assert (model.name, world, n, seed) == ("personas-shuffled", "shuffled", 100, 1)
+            half = Share(0.5, 10)
+            return PersonaScores(half, half, half, half, half, half, (3, 1), ((0.5,),), {"persona.food": half})
+
+        monkeypatch.setattr("patchscopes.evaluate.personas.evaluate", fake)
+        assert app.run(["organism", "evaluate", "personas-shuffled", "--quick", "--seed", "1", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["atlas_kept"], found["n"]["recall"], found["best_cell"]) == (0.5, 10, {"layer": 3, "target_layer": 1})
 
 
 def test_the_same_people_are_known_otherwise_in_base_and_in_shuffled() -> None:

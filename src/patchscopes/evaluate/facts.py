@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -53,15 +53,16 @@ class Extraction:
     by_relation: dict[str, Share]
 
 
-def figures(scores: Any) -> dict[str, Any]:
-    """A dataclass of shares, with best_cell, grid and by_relation, for JSON: each figure as a share of 1, and under "n" of how many."""
-    shares = {name: value for name, value in vars(scores).items() if isinstance(value, Share)}
+def figures(
+    shares: Mapping[str, Share], best_cell: tuple[int, int], grid: Sequence[Sequence[float]], by_relation: Mapping[str, Share]
+) -> dict[str, Any]:
+    """Scores for JSON: each figure as a share of 1, and under "n" of how many."""
     return {
         **{name: share.share for name, share in shares.items()},
         "n": {name: share.n for name, share in shares.items()},
-        "best_cell": {"layer": scores.best_cell[0], "target_layer": scores.best_cell[1]},
-        "grid": [list(row) for row in scores.grid],
-        "by_relation": {name: asdict(share) for name, share in scores.by_relation.items()},
+        "best_cell": {"layer": best_cell[0], "target_layer": best_cell[1]},
+        "grid": [list(row) for row in grid],
+        "by_relation": {name: asdict(share) for name, share in by_relation.items()},
     }
 
 

@@ -51,7 +51,8 @@ class PersonaScores:
 
     def to_json(self) -> dict[str, Any]:
         """Each figure as a share of 1, and under "n" of how many."""
-        return figures(self)
+        shares = {name: value for name, value in vars(self).items() if isinstance(value, Share)}
+        return figures(shares, self.best_cell, self.grid, self.by_relation)
 
 
 def evaluate(
