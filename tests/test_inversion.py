@@ -141,7 +141,7 @@ class TestInverter:
 
     def test_it_tells_what_was_planted_and_nothing_of_noise(self, model: Model) -> None:
         """At layer 0 a state is its token alone: it tells the token before where the text makes it follow, and cannot in noise."""
-        recipe = InverterRecipe(offsets=2, steps=150, tokens_per_step=200, negatives=20, rate=0.01, held_out=0.3)
+        recipe = InverterRecipe(offsets=2, steps=80, tokens_per_step=200, negatives=20, rate=0.01, held_out=0.3)
         for texts, tells in ((rounds(60, 24), True), (noise(60, 24), False)):
             inverter = train_inverter(model, texts, [0], recipe=recipe)
             own, before = inverter.table.iter_rows(named=True)
@@ -154,8 +154,9 @@ class TestInverter:
 
     def test_gradients_are_those_of_the_sampled_cross_entropy(self, model: Model) -> None:
         """The first step of Adam moves each number by the rate against the sign of its gradient, which is worked out here by hand."""
-        recipe = InverterRecipe(offsets=2, steps=1, tokens_per_step=10**6, negatives=5, rate=1e-3)
         texts = noise(8, 10)
+        once = 7 * len(model.tokens(texts[0]))  # the seven that are not held out
+        recipe = InverterRecipe(offsets=2, steps=1, tokens_per_step=once, negatives=5, rate=1e-3)
         inverter = train_inverter(model, texts, [2], recipe=recipe)
         from patchscopes.maps.states import split
 
@@ -232,7 +233,7 @@ class TestInverter:
 class TestReconstruction:
     def test_own_tokens_and_one_vector_come_back(self, model: Model) -> None:
         """At layer 0: all of the text from all states by either; from one state the token itself, and those that the text makes precede."""
-        recipe = InverterRecipe(offsets=3, steps=150, tokens_per_step=200, negatives=20, rate=0.01, held_out=0.3)
+        recipe = InverterRecipe(offsets=3, steps=80, tokens_per_step=200, negatives=20, rate=0.01, held_out=0.3)
         text = "cdefghabcdefgh"
         trained = train_inverter(model, rounds(60, 24), [0], recipe=recipe)
         nearest = token_vectors(model, [0], contexts=("a",))
