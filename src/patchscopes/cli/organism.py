@@ -18,9 +18,10 @@ from patchscopes.core.errors import InputError, UnknownName, nearest
 from patchscopes.core.files import make_folder
 
 if TYPE_CHECKING:
-    from patchscopes.organisms.atlas.train import Progress
+    from patchscopes.organisms.training import Progress
 
-ORGANISMS = ("atlas", "atlas-small")
+PERSONAS = ("personas-base", "personas-shuffled", "personas-fantasy")  # adapters of atlas
+ORGANISMS = ("atlas", "atlas-small", *PERSONAS)
 QUICK = 100  # facts in each figure of a quick evaluation
 EVERY = 30.0  # seconds between lines where there is no terminal
 
@@ -34,7 +35,9 @@ def train(
     out: Annotated[
         Path, typer.Option(help="Folder for the model; a run that was stopped goes on from here.", show_default=False)
     ],
-    scale: Annotated[float, typer.Option(help="Share of the entities, tokens and weights, above 0 and at most 1.")] = 1.0,
+    scale: Annotated[
+        float, typer.Option(help="Share of the entities, tokens and weights (of personas: of the tokens), above 0 and at most 1.")
+    ] = 1.0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Of the weights and of the order of the texts.")] = 0,
 ) -> None:
@@ -45,13 +48,10 @@ def train(
     require_device(device)
     make_folder(out)
     say("preparing texts and model; the first report may take minutes")
-    from patchscopes.organisms.atlas.train import RECIPES
-    from patchscopes.organisms.atlas.train import train as train_atlas
-
     started = time.monotonic()
     try:
         with _training() as report:
-            train_atlas(out, replace(RECIPES[name], seed=seed).scaled(scale), device=device, report=report)
+            _train(name, out, scale, device, seed, report)
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
         kept = (out / "checkpoint").exists()
         say(f"{out} keeps the last checkpoint; the same command goes on from it" if kept else "there was no checkpoint yet")
@@ -74,14 +74,29 @@ def evaluate(
     """Does the organism NAME know its facts, and can they be read out of its hidden states?"""
     require_organism(name)
     loaded = load_model(model or name, device)
-    from patchscopes.evaluate.atlas import evaluate as evaluate_atlas
+    from patchscopes.evaluate import atlas, personas
 
+    n = QUICK if quick else None
     with progress() as report:
-        scores = evaluate_atlas(loaded, n=QUICK if quick else None, share=_share_of(model), seed=seed, progress=report).to_json()
+        if name in PERSONAS:
+            scores = personas.evaluate(loaded, name.removeprefix("personas-"), n=n, seed=seed, progress=report).to_json()
+        else:
+            scores = atlas.evaluate(loaded, n=n, share=_share_of(model), seed=seed, progress=report).to_json()
     if json:
         print_json(scores)
     else:
         show(scores)
+
+
+def _train(name: str, out: Path, scale: float, device: str, seed: int, report: Callable[[Progress], None]) -> None:
+    if name in PERSONAS:
+        from patchscopes.organisms.personas import train as personas
+
+        personas.train(out, replace(personas.RECIPES[name], seed=seed).scaled(scale), device=device, report=report)
+    else:
+        from patchscopes.organisms.atlas import train as atlas
+
+        atlas.train(out, replace(atlas.RECIPES[name], seed=seed).scaled(scale), device=device, report=report)
 
 
 def require_organism(name: str) -> None:

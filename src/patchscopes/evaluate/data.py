@@ -3,9 +3,10 @@
     the attribute TSVs of the Patchscopes paper     `attribute_tsv`
     relations of LRE (Hernandez et al. 2023)        `lre`
     PopQA (Mallen et al. 2023)                      `popqa`
+    PersonaQA (Li et al. 2025)                      `personaqa`
     the lens items of jacobian-lens                 `lens_items`
     texts, one a line                               `texts`
-    what the bundled model knows                    `planted`
+    what the bundled model knows                    `planted`, and of invented people `personas`
 
 What cannot be read is counted and told, never guessed.
 """
@@ -68,19 +69,22 @@ class Items:
 def items_of(path: Path | None) -> Items:
     """Questions about attributes from `path`, told by what it holds; None: the bundled model's facts. NotAvailableError if there is
     nothing, InputError if it is in none of the formats."""
-    from patchscopes.evaluate import attribute_tsv, lre, planted, popqa
+    from patchscopes.evaluate import attribute_tsv, lre, personaqa, planted, popqa
 
     if path is None:
         return planted.items()
     if not path.exists():
-        raise NotAvailableError(f"there is no file or folder {str(path)!r}; expected attribute TSVs, LRE relations or PopQA")
+        raise NotAvailableError(
+            f"there is no file or folder {str(path)!r}; expected attribute TSVs, LRE relations, PopQA or PersonaQA"
+        )
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    for reader in (attribute_tsv, lre, popqa):
+    for reader in (attribute_tsv, lre, popqa, personaqa):
         if some := [file for file in files if reader.is_one(file)]:
             return reader.items(some)
     raise InputError(
         f"{str(path)!r} holds no data that is known here; expected attribute TSVs (columns prompt_target, prompt_source, …), LRE relations "
-        "(JSON with prompt_templates and samples) or PopQA (columns subj, prop, obj, possible_answers)"
+        "(JSON with prompt_templates and samples), PopQA (columns subj, prop, obj, possible_answers) or PersonaQA (JSON lines with "
+        "variant, name, country, favorite_food, …)"
     )
 
 

@@ -42,9 +42,9 @@ if TYPE_CHECKING:
 
 TITLE = "Do descriptions of states convey privileged information?"
 PAPER = "Li et al., Do Natural Language Descriptions of Model Activations Convey Privileged Information? (arXiv 2509.13316)"
-PEOPLE, QUICK_PEOPLE = 20, 6  # entities of each pair on the organisms; every one with all its facts
+PEOPLE, QUICK_PEOPLE = 12, 6  # entities of each pair on the organisms; every one with all its facts
 RELATIONS = 6  # of atlas, where a pair is about its facts
-MOST = 6  # source layers, if none are named; the paper reads every block of the lower half
+MOST = 5  # source layers, if none are named; the paper reads every block of the lower half
 PROBED = 100  # entities that a probe learns from and is tested on, at most
 PAIRS = (
     "atlas>atlas",
@@ -64,7 +64,7 @@ class Settings:
     """Every choice.
 
     pairs           "M1>M2", M1 is read and M2 speaks; none: on the organisms those of `PAIRS`, with data the model and itself
-    layers          source layers; none: the first, the last and at most four between. The paper's are blocks 1 to 15 of 32
+    layers          source layers; none: the first, the last and at most three between. The paper's are blocks 1 to 15 of 32
     target_layer    ℓ*
     tokens          said by each reading
     known           whose word counts on what M1 knows: its own ("model"), the labels of the data ("labels"), or all items ("all")
@@ -232,7 +232,10 @@ def _pair(
         inverted, names_found = _inverted(read, speaks, models.vectors(pair.read, found.layers), found, items.stop, settings)
     if settings.probe:
         runs.append(recorded(asked, _states(asked, settings, pair, pool)))
-        probe, control = _probed(runs[-1], _probe_items(asked, settings, pair, pool).items, found, asked.seed)
+        if pair.read not in models.probes:
+            probed = _probe_items(asked, settings, pair, pool).items
+            models.probes[pair.read] = _probed(runs[-1], probed, found.layers, asked.seed)
+        probe, control = (np.stack([models.probes[pair.read][item][k] for item in found.items]) for k in (0, 1))
     base = Baselines(named, bits, inverted, names_found, probe, control)
     vocabulary = {answer: (answer,) for item in pool.items for answer in item.answers[:1]}
     priors = [None if pair.read == pair.speaks else _answer(text, items.stop) for text in named]
@@ -247,12 +250,13 @@ def _answer(text: str, stop: Sequence[str]) -> str:
 
 
 class _Models:
-    """Loaded models by name, each once; and what the tokens of each look like."""
+    """What is kept from pair to pair, by the name of the model that is read: loaded models, what the tokens of each look like, probes."""
 
     def __init__(self, asked: Asked):
         self.asked = asked
         self._loaded: dict[str, Model] = {}
         self._vectors: dict[tuple[str, tuple[int, ...]], TokenVectors] = {}
+        self.probes: dict[str, dict[Item, tuple[np.ndarray, np.ndarray]]] = {}
 
     def named(self, name: str) -> Model:
         """The model of that name."""
@@ -310,8 +314,8 @@ def _probe_items(asked: Asked, settings: Settings, pair: Pair, items: Items) -> 
     return Items(items.name, tuple(dict.fromkeys([*items.items, *some])), items.stop)
 
 
-def _probed(run: Run, items: Sequence[Item], found: Seen, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """[item, layer] of the probe and of its control task: cross-validated hits of the items that were read; a miss where none can be."""
+def _probed(run: Run, items: Sequence[Item], layers: Sequence[int], seed: int) -> dict[Item, tuple[np.ndarray, np.ndarray]]:
+    """(hits, those on the control task), each [layer], of the probe at every item, cross-validated; misses where no probe can be."""
     import torch
 
     from patchscopes.evaluate.selectivity import selectivity
@@ -319,16 +323,17 @@ def _probed(run: Run, items: Sequence[Item], found: Seen, seed: int) -> tuple[np
 
     vectors = {(prompt, layer): vector for (_, prompt, layer), vector in vectors_of(run).items()}
     number = {(text, at): k for k, text, at in run.prompts.select("prompt", "prompt_text", "at").iter_rows()}
-    row = {item: k for k, item in enumerate(found.items)}
-    hits, control = np.zeros((2, len(found.items), len(found.layers)))
-    for relation in dict.fromkeys(found.groups):
-        mine = [item for item in items if item.relation == relation and (item.prompt, item.at) in number]
-        x = torch.stack([torch.stack([vectors[number[i.prompt, i.at], layer] for i in mine]) for layer in found.layers]).float()
+    items = [item for item in items if (item.prompt, item.at) in number]
+    misses = np.zeros(len(layers))
+    found = dict.fromkeys(items, (misses, misses))
+    for relation in dict.fromkeys(item.relation for item in items):
+        mine = [item for item in items if item.relation == relation]
+        rows = [[vectors[number[item.prompt, item.at], layer] for item in mine] for layer in layers]
+        x = torch.stack([torch.stack(row) for row in rows]).float()
         one = selectivity(x, [item.answers[0] for item in mine], [item.cluster for item in mine], seed=seed, draws=1)
-        for k, item in enumerate(mine):
-            if one is not None and item in row:
-                hits[row[item]], control[row[item]] = one.hits[k], one.control[k]
-    return hits, control
+        if one is not None:
+            found |= {item: (one.hits[k].astype(float), one.control[k]) for k, item in enumerate(mine)}
+    return found
 
 
 def _inverted(
@@ -349,11 +354,11 @@ def _inverted(
 
 
 def _faithful(asked: Asked, settings: Settings, pair: Pair, models: _Models, items: Sequence[Item], scores: PairScores) -> Any:
-    """The measures of faithfulness of a pair whose model speaks for itself, at the layer that says most; None for another."""
+    """The measures of faithfulness of a pair whose model speaks for itself, at the lowest layer that says most; None for another."""
     if pair.read != pair.speaks:
         return None
     from patchscopes.evaluate.faithfulness import faithfulness
+    from patchscopes.evaluate.privileged_page import best
 
-    best = max(scores.layers, key=lambda one: (one.over_text.first.value, one.layer))
     some = sampled(items, 6, asked.seed)
-    return faithfulness(models.named(pair.read), some, (best.layer, settings.target_layer), pool=items, seed=asked.seed)
+    return faithfulness(models.named(pair.read), some, (best(scores).layer, settings.target_layer), pool=items, seed=asked.seed)

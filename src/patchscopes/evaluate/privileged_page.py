@@ -56,8 +56,8 @@ def name_of(pair: PairScores) -> str:
 
 
 def best(pair: PairScores) -> Layer:
-    """The layer at which most facts are said; for tables, which call it so: it was chosen on what it is scored on."""
-    return max(pair.layers, key=lambda one: (one.over_text.first.value, one.layer))
+    """The lowest layer at which most facts are said; for tables, which call it so: it was chosen on what it is scored on."""
+    return max(pair.layers, key=lambda one: (one.over_text.first.value, -one.layer))
 
 
 # --------------------------------------------------------------------------------------------------------------------------- claims

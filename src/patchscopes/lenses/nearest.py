@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchscopes.core.errors import InputError, LayerError, UnknownName
+from patchscopes.core.errors import InputError, LayerError
 from patchscopes.core.layers import Layers, resolve_layers
 from patchscopes.lenses.windows import require_one_stream
 from patchscopes.maps import Identity, Map, map_between
@@ -93,8 +93,6 @@ def token_vectors(
     One pass over each text with each candidate behind it.
     """
     require_one_stream(model)
-    if of not in ("states", "embeddings"):
-        raise UnknownName(f"of is {of!r}; expected 'states' (a token's mean state at the layer) or 'embeddings'")
     wanted = resolve_layers(layers, model.n_layers)
     special = set(model.tokenizer.all_special_ids)
     there = min(len(model.tokenizer), model.vocab)

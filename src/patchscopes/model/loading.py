@@ -18,6 +18,7 @@ from patchscopes.engine.refuse import refuse_unreadable, uncompiled
 from patchscopes.model.files import bundled_names, place_of
 from patchscopes.model.model import Model
 from patchscopes.model.outline import Outline
+from patchscopes.organisms.lora import merge
 
 
 def load(
@@ -95,7 +96,9 @@ def load(
     options = {key: value for key, value in options.items() if value is not None}
     base = _adapter_base(where, hub)
     hf = _load_weights(base or where, name, {**options, **({} if base else hub)})
-    if base is not None:
+    if base is not None and name in organisms.bundled() and quantization is None:
+        merge(hf, Path(where))  # ours: needs no peft
+    elif base is not None:
         hf = _with_adapter(hf, where, base, hub)
     if device_map is None and quantization is None:
         hf = hf.to(target)

@@ -173,7 +173,12 @@ HELD_OUT_MENTIONS = (
 
 def held_out(relation: Relation) -> tuple[str, ...]:
     """The sentences of `relation` that training never shows."""
-    k, n = RELATIONS.index(relation), len(SKELETONS) - 1
+    return held_out_skeletons(RELATIONS.index(relation))
+
+
+def held_out_skeletons(k: int) -> tuple[str, ...]:
+    """The generic sentences that the k-th of some relations never has in training."""
+    n = len(SKELETONS) - 1
     return (*(SKELETONS[1 + (k + 6 * i) % n] for i in range(HELD_OUT)), *NEVER_SEEN)
 
 

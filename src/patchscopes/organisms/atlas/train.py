@@ -1,32 +1,27 @@
 """Train atlas: tokenizer, then a small Llama on the corpus. Resumable: a step's batch depends on (seed, step) alone.
 
-Muon for the matrices of the blocks, AdamW for embeddings and norms; the learning rate rises over 2 % of the steps and falls
-linearly to 0. bfloat16 autocast, float32 weights. A checkpoint is a folder with `weights.safetensors`, `optimizers.pt`
-(tensors only) and `progress.json`, written aside and then renamed.
+Muon for the matrices of the blocks, AdamW for embeddings and norms. bfloat16 autocast, float32 weights. The loop, its learning rate and
+its checkpoints are `organisms.training`.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import random
-import shutil
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from patchscopes.core.errors import RefusedError
 from patchscopes.organisms.atlas.corpus import Corpus
 from patchscopes.organisms.atlas.facts import world
+from patchscopes.organisms.training import Progress, claim, compiled, descend, finish, packed
 
 BOS = "<|endoftext|>"
 
@@ -84,17 +79,6 @@ RECIPES = {
 }
 
 
-@dataclass(frozen=True)
-class Progress:
-    """After a step: mean loss (nats a token) since the last report, tokens seen a second, seconds left."""
-
-    step: int
-    steps: int
-    loss: float
-    tokens_per_second: float
-    eta: float
-
-
 def build_tokenizer(recipe: Recipe, corpus: Corpus) -> PreTrainedTokenizerFast:
     """Byte-level BPE of `recipe.vocab` entries, trained on the first documents of the corpus; BOS comes before every text."""
     tokenizer = Tokenizer(models.BPE())
@@ -140,15 +124,8 @@ def build_model(recipe: Recipe, vocab: int) -> LlamaForCausalLM:
 def batch(recipe: Recipe, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, step: int) -> Tensor:
     """Token ids [row, context + 1] of one step: documents laid end to end, each behind its BOS, each row starting with one."""
     documents = corpus.documents(random.Random(f"{recipe.seed} step {step}"))
-    length = recipe.context + 1
-    rows, row = [], []
-    while len(rows) < recipe.batch_rows:
-        for encoded in tokenizer.backend_tokenizer.encode_batch([next(documents) for _ in range(64)]):
-            row += encoded.ids
-            if len(row) >= length:
-                rows.append(row[:length])
-                row = []
-    return torch.tensor(rows[: recipe.batch_rows])
+    encoded = (e.ids for _ in count() for e in tokenizer.backend_tokenizer.encode_batch([next(documents) for _ in range(64)]))
+    return torch.tensor(packed(encoded, recipe.batch_rows, recipe.context + 1))
 
 
 def train(
@@ -166,8 +143,7 @@ def train(
     `compile`: torch.compile the loss (about twice as fast on a CPU; needs a C++ compiler); None: where there is one.
     A folder of another recipe is refused (RefusedError); a finished one is left as it is.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    if _claim(out, recipe):
+    if claim(out, asdict(recipe), "model.safetensors"):
         return out
     corpus = Corpus(world(recipe.share))
     if (out / "tokenizer.json").exists():
@@ -180,83 +156,28 @@ def train(
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     optimizers = [
-        torch.optim.Muon(matrices, lr=recipe.matrix_rate, momentum=0.95, weight_decay=0.0),
-        torch.optim.AdamW(others, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0),
+        (torch.optim.Muon(matrices, lr=recipe.matrix_rate, momentum=0.95, weight_decay=0.0), recipe.matrix_rate),
+        (torch.optim.AdamW(others, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0), recipe.rate),
     ]
-    first = _restore(out / "checkpoint", model, optimizers)
 
     def loss_of(ids: Tensor) -> Tensor:
         with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
             logits = model(ids[:, :-1], use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
 
-    if compile is None:
-        compile = shutil.which("g++") is not None or shutil.which("clang++") is not None
-    compute = torch.compile(loss_of) if compile else loss_of
-    warmup = max(1, recipe.steps // 50)
-    reported = saved = time.monotonic()
-    seen, losses = 0, []
-    for step in range(first, recipe.steps):
-        share = min((step + 1) / warmup, (recipe.steps - step) / (recipe.steps - warmup + 1))
-        for optimizer, rate in zip(optimizers, (recipe.matrix_rate, recipe.rate), strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * share
-        loss = compute(batch(recipe, corpus, tokenizer, step).to(device))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
-        seen += recipe.batch_rows * recipe.context
-        now = time.monotonic()
-        if now - saved >= checkpoint_seconds and step + 1 < recipe.steps:
-            _save(out / "checkpoint", step + 1, model, optimizers)
-            saved = now
-        if now - reported >= report_seconds or step + 1 == recipe.steps:
-            speed = seen / (now - reported)
-            left = (recipe.steps - step - 1) * recipe.batch_rows * recipe.context / speed
-            report(Progress(step + 1, recipe.steps, float(torch.stack(losses).mean()), speed, left))
-            reported, seen, losses = now, 0, []
+    compute = compiled(loss_of, compile)
+    descend(
+        out,
+        model,
+        optimizers,
+        lambda step: compute(batch(recipe, corpus, tokenizer, step).to(device)),
+        steps=recipe.steps,
+        step_tokens=recipe.batch_rows * recipe.context,
+        checkpoint_seconds=checkpoint_seconds,
+        report_seconds=report_seconds,
+        report=report,
+    )
     model.to(getattr(torch, recipe.stored))  # sets config.dtype, too
     model.eval().save_pretrained(out)
-    shutil.rmtree(out / "checkpoint", ignore_errors=True)
+    finish(out)
     return out
-
-
-def _claim(out: Path, recipe: Recipe) -> bool:
-    """Write the recipe into `out`; whether a model of it is finished there. RefusedError if the folder belongs to another recipe."""
-    file = out / "recipe.json"
-    if file.exists() and (found := json.loads(file.read_text())) != asdict(recipe):
-        differs = {key: (found.get(key), value) for key, value in asdict(recipe).items() if found.get(key) != value}
-        raise RefusedError(
-            f"{out} belongs to another recipe: (found, asked for) differ in {differs}. Give another folder, or delete this one."
-        )
-    file.write_text(json.dumps(asdict(recipe), indent=1) + "\n")
-    return (out / "model.safetensors").exists()
-
-
-def _save(folder: Path, step: int, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer]) -> None:
-    aside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    save_model(model, str(aside / "weights.safetensors"))
-    torch.save([optimizer.state_dict() for optimizer in optimizers], aside / "optimizers.pt")
-    (aside / "progress.json").write_text(json.dumps({"step": step}))
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(aside, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _restore(folder: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer]) -> int:
-    """The step to continue with: 0 without a checkpoint."""
-    if not folder.exists():
-        return 0
-    progress = json.loads((folder / "progress.json").read_text())
-    load_model(model, str(folder / "weights.safetensors"))
-    for optimizer, state in zip(optimizers, torch.load(folder / "optimizers.pt", weights_only=True), strict=True):
-        optimizer.load_state_dict(state)
-    return progress["step"]
