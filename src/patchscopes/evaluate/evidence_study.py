@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 TITLE = "Is evidence calibrated, and does it tell true readings from false?"
 PAPER = "van den Oord et al. 2018 (InfoNCE); Poole et al. 2019; El-Yaniv and Wiener 2010; Guo et al. 2017"
-EACH, QUICK_EACH = 16, 6  # entities of each pair
+EACH, QUICK_EACH = 12, 6  # entities of each pair
 MOST = 4  # source layers, if none are named
 RELATIONS, OTHERS, WEIGHED = 4, 49, 8  # of the bench: relations, prompts of each, and those of them that are weighed
 QUICK_RELATIONS, QUICK_OTHERS, QUICK_WEIGHED = 2, 30, 3
