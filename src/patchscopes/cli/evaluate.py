@@ -47,6 +47,10 @@ EXPERIMENTS = {
         "patchscopes.evaluate.cross_model",
         "can a model say what another model's states hold, through an affine map?",
     ),
+    "evidence": (
+        "patchscopes.evaluate.evidence_study",
+        "is the evidence of readings calibrated, and does it tell true readings from false?",
+    ),
 }
 
 

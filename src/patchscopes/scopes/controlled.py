@@ -246,7 +246,7 @@ def evidence_of(
         by_target.setdefault(cell.target, []).append(cell)
     for mine in by_target.values():
         for chunk in (mine[i : i + CELLS_AT_ONCE] for i in range(0, len(mine), CELLS_AT_ONCE)):
-            vectors = _under_vectors(world, chunk, texts_of)
+            vectors = under_vectors(world, chunk, texts_of)
             words = _under_words(world, chunk, texts_of)
             for cell in chunk:
                 found[cell] = _columns(vectors.get(cell), words.get(cell))
@@ -274,10 +274,14 @@ def _columns(scores: dict[str, list[float]] | None, words: float | None) -> dict
     }
 
 
-def _under_vectors(
-    world: Controls, cells: Sequence[Cell], texts_of: Mapping[Cell, Sequence[int]]
+def under_vectors(
+    world: Controls,
+    cells: Sequence[Cell],
+    texts_of: Mapping[Cell, Sequence[int]],
+    others_of: Callable[[int], Sequence[tuple[str, int]]] | None = None,
 ) -> dict[Cell, dict[str, list[float]]]:
-    """log p (nats) of each reading's text under its second looks ("own") and under every control vector."""
+    """log p (nats) of each reading's text under its second looks ("own") and under every control vector: "nothing", "random", "others".
+    others_of: of a place, in the order of their log p, instead of its `Controls.others`. All that is asked for must have been read."""
     viewing = world.viewing
     model, scope = viewing.target_model, viewing.scope
     cases: list[Case] = []
@@ -288,7 +292,8 @@ def _under_vectors(
         if len(again) < len(looks):
             continue
         own = again[0]
-        others = [world.state(other, cell, second=True) for other in world.others(cell.place)]
+        chosen = (others_of or world.others)(cell.place)
+        others = [world.state(other, cell, second=True) for other in chosen]
         random_ = random_like(own.expand(N_RANDOM, *own.shape), f"{scope.seed} scored {viewing.identity(cell)}")
         kinds: list[tuple[str, Tensor | None]] = [*(("own", state) for state in again), ("nothing", None)]
         kinds += [("random", state) for state in random_]
