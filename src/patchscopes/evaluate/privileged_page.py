@@ -8,13 +8,13 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from patchscopes.evaluate.frame import Bars, Line, Lines, Result, Table
+from patchscopes.evaluate.privileged_scores import ALPHA
 from patchscopes.evaluate.statistics import Estimate
 
 if TYPE_CHECKING:
     from patchscopes.evaluate.faithfulness import Faithfulness
     from patchscopes.evaluate.privileged_scores import Layer, PairScores
 
-TEXTS = {"named": "M2 asked in words", "source": "the sentence in the placeholder's place"}
 SAID = {
     "more than the text": "tell more than the text",
     "of its source": "tell of their source, and no more than the text",
@@ -69,9 +69,15 @@ def _claims(pair: PairScores) -> list[str]:
     for told, some in groupby(pair.layers, key=lambda one: one.told):
         layers = list(some)
         name = f"layer {layers[0].layer}" if len(layers) == 1 else f"layers {layers[0].layer}–{layers[-1].layer}"
-        against = "nothing" if told == "nothing" else "named"
+        against = "named"
+        if told == "nothing":  # what it failed on
+            against = (
+                "nothing"
+                if any(one.adjusted["nothing"] > ALPHA or one.bits["nothing"].value <= 0 for one in layers)
+                else "others"
+            )
         strongest = max(layers, key=lambda one: one.bits[against].value)
-        over = {"named": "the text", "nothing": "the placeholder"}[against]
+        over = {"named": "the text", "nothing": "the placeholder", "others": "other entities"}[against]
         at = "" if len(layers) == 1 else f" at layer {strongest.layer}"
         verb = (ONE if len(layers) == 1 else SAID)[told]
         parts.append(f"{name} {verb} ({bits_text(strongest.bits[against])} over {over}{at})")
