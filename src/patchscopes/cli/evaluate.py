@@ -66,7 +66,7 @@ def evaluate(
         Path | None,
         typer.Option(
             "--data",
-            help="A file or folder in a public format (attribute TSVs, LRE, PopQA, two-hop CSVs, lens items, words, texts). "
+            help="A file or folder in a public format (attribute TSVs, LRE, PopQA, PersonaQA, two-hop CSVs, lens items, words, texts). "
             "Default: what the bundled model knows.",
             show_default=False,
         ),

@@ -53,7 +53,7 @@ PAIRS = (
     "personas-fantasy>personas-fantasy",
     "personas-shuffled>personas-base",
     "personas-base>personas-shuffled",
-    "personas-fantasy>atlas",
+    "personas-fantasy>personas-base",
 )
 QUICK_PAIRS = ("atlas>atlas", "personas-shuffled>personas-base")
 CONTROLS = ("nothing", "zero", "mean", "random", "random_covariance", "other", "context", "text", "text_at_position")
