@@ -20,6 +20,7 @@ from torch import Tensor
 import patchscopes as ps
 from patchscopes.controls.vectors import CONTEXT, POOL, covariance_like, gaussian_of, mean_of, shrinkage, zero_like
 from patchscopes.core.errors import InputError, RefusedError, UnknownName, VectorError
+from patchscopes.evaluate import permutation, uniformity
 from patchscopes.evaluate.selectivity import control_task, selectivity
 from patchscopes.experiment.spec import Experiment
 from patchscopes.runs import sweep
@@ -122,8 +123,8 @@ class TestShuffle:
     def test_every_other_row_is_as_likely(self) -> None:
         n, trials = 5, 4000
         counts = np.zeros((n, n))
-        for found in ps.controls.pairings([0] * n, trials, seed=1):
-            for k, j in enumerate(found):
+        for seed in range(trials):
+            for k, j in enumerate(ps.controls.shuffled([0] * n, seed=seed)):
                 assert j is not None
                 counts[k, j] += 1
         away = counts[~np.eye(n, dtype=bool)]
@@ -135,55 +136,43 @@ class TestShuffle:
         assert (
             ps.controls.shuffled(groups, seed=1) == ps.controls.shuffled(groups, seed=1) != ps.controls.shuffled(groups, seed=2)
         )
-        assert len({tuple(one) for one in ps.controls.pairings(groups, 20)}) > 15
+        assert len({tuple(ps.controls.shuffled(groups, seed=seed)) for seed in range(20)}) > 15
+        assert ps.controls.shuffled([], seed=1) == ps.controls.shuffled([], within=False) == []
         with pytest.raises(InputError, match=r"2 clusters.*8 rows"):
             ps.controls.shuffled(groups, clusters=["a", "b"])
 
-    def test_p_by_hand(self) -> None:
-        assert ps.controls.permutation_p(3.0, [1.0, 2.0, 2.5]) == 1 / 4
-        assert ps.controls.permutation_p(2.0, [1.0, 2.0, 2.5]) == 3 / 4
-        assert ps.controls.permutation_p(2.0, []) == 1
-
     @staticmethod
-    def p_of(states: Tensor, labels: Sequence[int], n: int, seed: int) -> float:
-        """Of the rate at which the nearest class mean of other rows says the label: own states against derangements."""
-        means = [torch.stack([states[j] for j, label in enumerate(labels) if label == c]) for c in sorted(set(labels))]
-        whole, sizes = torch.stack([m.sum(0) for m in means]), torch.tensor([float(len(m)) for m in means])
-
-        def rate(order: Sequence[int | None]) -> float:
-            hits = 0.0
-            for k, j in enumerate(order):
-                assert j is not None
-                left = whole.clone()
-                size = sizes.clone()
-                for one in {k, j}:  # whoever is read or asked about teaches nothing
-                    left[labels[one]] -= states[one]
-                    size[labels[one]] -= 1
-                said = (left / size[:, None] - states[j]).norm(dim=-1).argmin()
-                hits += float(int(said) == labels[k])
-            return hits / len(labels)
-
-        own = rate(range(len(labels)))
-        return ps.controls.permutation_p(own, [rate(one) for one in ps.controls.pairings([0] * len(labels), n, seed=seed)])
+    def fits(states: Tensor, labels: Sequence[int]) -> np.ndarray:
+        """[state, row]: whether the nearest class mean of other rows says the row's label of the state."""
+        means = torch.stack([states[np.array(labels) == c].sum(0) for c in sorted(set(labels))])
+        sizes = torch.bincount(torch.tensor(labels)).double()
+        found = np.zeros((len(labels), len(labels)))
+        for j, k in np.ndindex(found.shape):
+            left, size = means.clone(), sizes.clone()
+            for one in {j, k}:  # whoever is read or asked about teaches nothing
+                left[labels[one]] -= states[one]
+                size[labels[one]] -= 1
+            found[j, k] = int((left / size[:, None] - states[j]).norm(dim=-1).argmin()) == labels[k]
+        return found
 
     def test_a_planted_signal_beats_shuffled_states(self) -> None:
         labels = [k % 4 for k in range(24)]
-        codes = randn(4, 16, seed=5)
-        assert self.p_of(codes[labels] + 0.5 * randn(24, 16, seed=6), labels, 199, seed=0) < 0.01
+        codes, rows = randn(4, 16, seed=5), range(24)
+        for strength, signal in ((1.0, True), (0.0, False)):
+            fits = self.fits(strength * codes[labels] + 0.5 * randn(24, 16, seed=6), labels)
+            own = fits[rows, rows].mean()
+            others = [fits[ps.controls.shuffled([0] * 24, seed=seed), rows].mean() for seed in range(100)]
+            found = permutation.paired(fits, [0] * 24)
+            assert (own > 0.9 and found.p < 0.01) if signal else (abs(own - np.mean(others)) < 0.15 and found.p > 0.05)
+            assert np.mean(others) == pytest.approx(found.deranged, abs=0.02)  # one derangement at a time, and all of them
 
     def test_noise_gives_uniform_p_values(self) -> None:
-        """Scores with continuous ties broken by chance: whether row k is served by state j is a draw of its own, for all pairs alike."""
-        trials, n, shuffles = 400, 12, 19
+        """Whether row k is served by state j is a draw of its own for all pairs alike, in groups of four, where derangements would fail."""
         rng = np.random.default_rng(0)
-        found = []
-        for trial in range(trials):
-            score = rng.normal(size=(n, n))
-            own = float(np.trace(score))
-            orders = ps.controls.pairings([0] * n, shuffles, seed=trial)
-            found.append(ps.controls.permutation_p(own, [sum(score[k, j] for k, j in enumerate(one)) for one in orders]))  # type: ignore[misc]
-        counts = np.bincount((np.array(found) * (shuffles + 1)).round().astype(int), minlength=shuffles + 2)[1:]
-        expected = trials / (shuffles + 1)
-        assert ((counts - expected) ** 2 / expected).sum() < 43.8  # 99.9 % point of χ² with 19 degrees of freedom
+        p = [permutation.paired(rng.normal(size=(12, 12)), "rrrrsssstttt", draws=19, seed=seed).p for seed in range(400)]
+        found = uniformity.uniformity(p, 19)
+        assert found.share.low <= found.expected == 0.05 <= found.share.high
+        assert found.ks_p > 0.01 and found.chi2_p > 0.01
 
 
 class TestStandIns:
