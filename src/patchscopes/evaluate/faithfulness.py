@@ -44,7 +44,7 @@ from patchscopes.measures.swap import EDITS
 from patchscopes.model.model import Model
 from patchscopes.scopes.patchscope import Patchscope
 from patchscopes.scopes.source import Source
-from patchscopes.scopes.stand_in import one_each
+from patchscopes.scopes.written import one_each
 
 DRAWS = 4
 DOSES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
