@@ -301,6 +301,7 @@ SCOPES = {
     "logit-lens": ("logit-lens", 1, -1),
     "embedding-space": ("embedding-space", 1, -1),
     "future-lens": ("future-lens", 4, "same"),
+    "repeat": ("repeat", 20, 0),
     "The capital of {x} is": ("extract", 10, "same"),
 }
 

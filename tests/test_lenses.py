@@ -15,8 +15,9 @@ from families import WIDTH, blocks_of, loaded, tiny, tiny_tokenizer
 import patchscopes as ps
 from patchscopes.core.errors import InputError, LayerError, PositionError, RefusedError, VectorError
 from patchscopes.lenses import Recipe, TunedLens, compute_jacobian_lens, load_jacobian_lens, load_tuned_lens, train_tuned_lens
+from patchscopes.lenses.descent import CHECKPOINT
 from patchscopes.lenses.report import middle
-from patchscopes.lenses.training import CHECKPOINT, LENS, windows_of_step
+from patchscopes.lenses.training import LENS, windows_of_step
 from patchscopes.lenses.windows import own_windows, read_texts, windows
 from patchscopes.model import Model
 from patchscopes.organisms.atlas.corpus import Corpus

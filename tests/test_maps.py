@@ -158,7 +158,7 @@ def test_files_that_hold_no_map_are_told(tmp_path: Path) -> None:
         ({"mean": draws(3)}, {"kind": "teleport"}, "kind 'teleport'"),
         ({"mean": draws(3)}, {"kind": "scale"}, "its metadata lacks something"),
         ({"mean": draws(3)}, {"kind": "by_layer", "maps": [{}]}, "its metadata lacks something"),
-        ({"mean": draws(3)}, [1], "format"),
+        ({"mean": draws(3)}, [1], "header is [1]; expected a JSON object"),
     ):
         save_file(tensors, path, {"map": json.dumps(about)})
         with pytest.raises(InputError) as caught:

@@ -17,7 +17,7 @@ import patchscopes as ps
 from patchscopes.core.errors import InputError, PositionError, VectorError
 from patchscopes.measures.dose import kendall
 from patchscopes.measures.swap import agreement_of
-from patchscopes.scopes import stand_in
+from patchscopes.scopes import written
 
 TEXTS = ["the cat sat", "a dog ran", "my owl flew", "our fox hid", "one bee hums"]
 SCOPE = ps.Patchscope("say {x} is", layer=2, max_new_tokens=3)
@@ -56,7 +56,7 @@ def test_doses_equal_a_hooked_pass(model: ps.Model) -> None:
         row = found.table.filter(pl.col("place") == k, pl.col("direction") == "v", pl.col("dose") == dose).row(0, named=True)
         patch = Patch("resid.2", at, state(model, TEXTS[k]) + dose * v[k])
         first, other = (
-            float(text_log_p(model.hf, "llama", target.ids, patch, stand_in.follow(model, target, text)).sum())
+            float(text_log_p(model.hf, "llama", target.ids, patch, written.follow(model, target, text)).sum())
             for text in ("ab", "c")
         )
         assert row["log_p"] == pytest.approx(first, abs=1e-5) and row["odds"] == pytest.approx(first - other, abs=1e-5)
@@ -132,7 +132,7 @@ def test_a_swap_equals_a_hooked_pass(model: ps.Model) -> None:
         for name, prompt, where in (("behaviour", whole, at), ("description", target, target.position("x"))):
             patch = Patch("resid.2", where, value)
             y = [
-                float(text_log_p(model.hf, "llama", prompt.ids, patch, stand_in.follow(model, prompt, text)).sum())
+                float(text_log_p(model.hf, "llama", prompt.ids, patch, written.follow(model, prompt, text)).sum())
                 for text in (new, old)
             ]
             assert row[f"{name}_odds"] == pytest.approx(y[0] - y[1], abs=1e-5)
@@ -148,8 +148,8 @@ def test_a_swap_with_itself_is_none(model: ps.Model) -> None:
 
 def test_random_edits_are_as_long(model: ps.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
-    scope = stand_in.OneEach.scope
-    monkeypatch.setattr(stand_in.OneEach, "scope", lambda self, k, h: (seen.append(h), scope(self, k, h))[1])
+    scope = written.OneEach.scope
+    monkeypatch.setattr(written.OneEach, "scope", lambda self, k, h: (seen.append(h), scope(self, k, h))[1])
     answers = [" ab", " c", " d", " ab", " c"]
     others = torch.randn(2, model.d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     found = ps.measures.causal_swap(sources(model), SCOPE, answers, " so", [(0, 1)], others=others).table
@@ -231,7 +231,7 @@ def test_predictions_are_held_against_the_models_own_answers(model: ps.Model) ->
         others = [answers[j] for j in range(5) if entities[j] != entities[k]]
         assert others.count(rows["majority"]["text"]) == max(others.count(one) for one in others)
         row, prompt = rows["reading"], model.tokens(asked[k])
-        ids = stand_in.follow(model, prompt, row["text"])
+        ids = written.follow(model, prompt, row["text"])
         assert row["log_p"] == pytest.approx(float(text_log_p(model.hf, "llama", prompt.ids, None, ids).sum()), abs=1e-5)
         assert row["first"] == (ids[0] == int(full_logits(model.hf, "llama", prompt.ids)[-1].argmax()))
     readings = found.table.filter(pl.col("kind") == "reading")["text"].to_list()
@@ -363,7 +363,7 @@ def test_readings_bring_back_states_and_foretell_answers(languages: tuple) -> No
 
 def test_text_behind_a_prompt_must_not_change_its_tokens() -> None:
     atlas = ps.load("atlas")
-    one = stand_in.one_each(SCOPE, ps.Source(atlas, "We talked about Franc", layer=2))
+    one = written.one_each(SCOPE, ps.Source(atlas, "We talked about Franc", layer=2))
     with pytest.raises(PositionError, match="begin the text with a space"):
         one.source(0, "e is", None)
 

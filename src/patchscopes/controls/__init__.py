@@ -5,7 +5,7 @@ Pure functions of tensors and texts, for any verbalizer, lens or trained adapter
 
 from patchscopes.controls.other_model import OtherModel
 from patchscopes.controls.random_blocks import RandomBlocks, random_blocks
-from patchscopes.controls.shuffle import pairings, permutation_p, shuffled
+from patchscopes.controls.shuffle import shuffled
 from patchscopes.controls.stand_ins import VECTOR_KINDS, stand_ins
 from patchscopes.controls.texts import answer_in_source, at_positions, conflict, majority, question_alone, source_text
 from patchscopes.controls.vectors import (
@@ -32,8 +32,6 @@ __all__ = [
     "gaussian_of",
     "majority",
     "mean_of",
-    "pairings",
-    "permutation_p",
     "question_alone",
     "random_blocks",
     "random_like",

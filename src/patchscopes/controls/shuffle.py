@@ -1,11 +1,8 @@
 """Shuffled states: every row gets the state of another one, within its group (relation) or from another group.
 
 A state of another row of the same relation keeps what all questions of a relation have in common and takes away whom this one is about;
-one of another relation takes away both. With score s(k, j) of row k's answer under row j's state and derangements σ₁ … σ_n,
-
-    p = (1 + #{i : Σ_k s(k, σ_i(k)) ≥ Σ_k s(k, k)}) / (n + 1)
-
-is small if states tell of their own rows, and about uniform if they do not.
+one of another relation takes away both. How a score with shuffled states compares with that with their own is a rate, and no test: for a
+p-value whose null holds in small groups too see `evaluate.permutation.paired`.
 
 A derangement is found by a turn: the rows of what must not meet stand together in random order, and all are moved on by the size of the
 largest such block. Where one block is more than half of all, some rows have no partner.
@@ -46,19 +43,6 @@ def shuffled(
     return found
 
 
-def pairings(
-    groups: Sequence[Hashable], n: int, *, within: bool = True, clusters: Sequence[Hashable] | None = None, seed: int = 0
-) -> list[list[int | None]]:
-    """`n` shuffles, for a permutation p-value."""
-    rng = random.Random(f"{seed} pairings")
-    return [shuffled(groups, within=within, clusters=clusters, seed=rng.getrandbits(48)) for _ in range(n)]
-
-
-def permutation_p(own: float, others: Sequence[float]) -> float:
-    """(1 + number of shuffles that score at least as high) / (n + 1)."""
-    return (1 + sum(other >= own for other in others)) / (len(others) + 1)
-
-
 def _turned(rows: Sequence[int], apart: Sequence[Hashable], rng: random.Random, found: list[int | None]) -> None:
     """Pair `rows` so that no two of a pair have the same `apart`, as many as can be."""
     blocks: dict[Hashable, list[int]] = {}
@@ -68,7 +52,7 @@ def _turned(rows: Sequence[int], apart: Sequence[Hashable], rng: random.Random, 
     rng.shuffle(lists)
     for one in lists:
         rng.shuffle(one)
-    largest = max(lists, key=len)
+    largest = max(lists, key=len, default=[])
     rest = [k for one in lists if one is not largest for k in one]
     if len(largest) > len(rest):  # only as many of it as there are others to meet
         largest = largest[: len(rest)]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 from patchscopes.core.errors import InputError, PositionError, UnknownName, nearest
 
-SCOPES = ("back-patch", "describe", "identity", "identity-bare", "logit-lens", "embedding-space", "future-lens", "selfie")
-LENSES = ("logit-lens", "embedding-space")  # made by scopes.named
+Preset = Literal[
+    "back-patch", "describe", "identity", "identity-bare", "logit-lens", "embedding-space", "future-lens", "selfie", "repeat"
+]  # made by scopes.named
+SCOPES: tuple[Preset, ...] = get_args(Preset)
+LENSES = ("logit-lens", "embedding-space")
 SLOT = "{x}"  # stands in a target prompt where the state goes
 PLACEHOLDER = "x"  # what the model reads there
-CONTROLS = (  # what may stand in a state's place: see docs/controls.md
+ControlName = Literal[  # what may stand in a state's place: see docs/controls.md
     "nothing",
     "zero",
     "map_of_zero",
@@ -22,10 +25,12 @@ CONTROLS = (  # what may stand in a state's place: see docs/controls.md
     "context",
     "text",
     "text_at_position",
-)
+]
+CONTROLS: tuple[ControlName, ...] = get_args(ControlName)
 USUAL_CONTROLS = ("nothing", "random", "other", "mean", "text")
 LENS_FILES = (("tuned_lens.safetensors",), ("config.json", "params.pt"))  # of a folder: as it is trained here; public
-DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
+DtypeName = Literal["auto", "float32", "float64", "bfloat16", "float16"]
+DTYPES: tuple[DtypeName, ...] = get_args(DtypeName)
 
 
 def require_scope(scope: str) -> None:

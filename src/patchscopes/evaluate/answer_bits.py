@@ -103,7 +103,7 @@ def _plain(
 ) -> dict[str, list[float]]:
     """log2 p of the answers where nothing is patched, by what stands in the placeholder's place."""
     from patchscopes.controls.texts import question_alone, source_text
-    from patchscopes.scopes.stand_in import log_p, plainly
+    from patchscopes.scopes.written import log_p, plainly
 
     prompts = {name: [] for name in ("nothing", "named", "source")}
     for item in some:
@@ -120,7 +120,7 @@ def _patched(
 ) -> tuple[list[float], list[float]]:
     """log2 p of the answers under their own states, and of the mean of p under those of strangers."""
     from patchscopes.scopes import Source
-    from patchscopes.scopes.stand_in import log_p, one_each
+    from patchscopes.scopes.written import log_p, one_each
 
     each = one_each(scope, [Source(model, item.prompt, position=item.at, layer=layer) for item in some])
     strangers = strangers_of(some, OTHERS, seed)

@@ -13,10 +13,10 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from patchscopes.evaluate.facts import Progress, Share, extraction, figures, recall, share_of
+from patchscopes.evaluate.facts import Progress, Share, extraction, figures, known, recall, share_of
 from patchscopes.model import Model
 from patchscopes.organisms.atlas.facts import Fact, world
-from patchscopes.organisms.atlas.relations import RELATIONS, SKELETONS, TWO_HOPS, held_out, trained
+from patchscopes.organisms.atlas.relations import RELATIONS, TWO_HOPS, held_out, trained
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,7 @@ def evaluate(
         for k, h in enumerate(hops if n is None else rng.sample(hops, min(n, len(hops))))
     ]
     hopped = recall(model, [(s, f) for s, f, _ in asked], progress, "two hops")
-    known = [
-        f for f, ok in zip(some, recall(model, [(SKELETONS[0], f) for f in some], progress, "known facts"), strict=True) if ok
-    ]
-    read = extraction(model, known, RELATIONS, n=n, seed=seed, rng=rng, progress=progress)
+    read = extraction(model, known(model, some, progress), RELATIONS, n=n, seed=seed, rng=rng, progress=progress)
     return AtlasScores(
         recall=share_of(recalled),
         recall_held_out=share_of(unseen),

@@ -95,6 +95,12 @@ def recall(model: Model, asked: Sequence[tuple[str, Fact]], progress: Progress, 
     return [hits[k] for k in range(len(asked))]
 
 
+def known(model: Model, facts: Sequence[Fact], progress: Progress) -> list[Fact]:
+    """Those of the facts that the model says in the plainest sentence."""
+    said = recall(model, [(SKELETONS[0], fact) for fact in facts], progress, "known facts")
+    return [fact for fact, ok in zip(facts, said, strict=True) if ok]
+
+
 def extraction(
     model: Model,
     known: Sequence[Fact],

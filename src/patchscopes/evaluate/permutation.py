@@ -6,7 +6,8 @@ for more than which relation was meant.
 
 Shuffles may leave a row in its place: only so is the true pairing one of them, and the test exact. Against derangements alone, which
 leave none, p is too small in small groups (of four rows, 12 % of noise came out at p ≤ .05), so these give a rate and no p: `deranged`, the
-mean over all of them, which by symmetry is the mean score against the others of the group.
+mean over all of them, which by symmetry is the mean score against the others of the group. (One shuffle of states that leaves none in
+its place: `controls.shuffled`.)
 """
 
 from __future__ import annotations
@@ -26,14 +27,6 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Deranged:
-    """order[i]: the row whose answer row i gets, never its own; None for rows that have nobody to change with (`alone`)."""
-
-    order: tuple[int | None, ...]
-    alone: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Permuted:
     """observed: the mean score of the true pairing (over groups the mean of that in each); mean: of the shuffled ones; deranged: of
     all derangements; units: rows, or clusters, that were shuffled; alone: rows of groups with one unit, which were left out of all."""
@@ -45,22 +38,6 @@ class Permuted:
     draws: int
     units: int
     alone: tuple[int, ...]
-
-
-def derangement(groups: Sequence[Hashable], *, across: bool = False, seed: int = 0) -> Deranged:
-    """A shuffle within groups in which no row keeps its place, all such shuffles alike; across: every row gets a row of another group
-    (not all such shuffles are equally likely). A group of one has no derangement, and where one group holds more than half of the rows
-    some have no row of another to change with: their rows are `alone`."""
-    rng = np.random.default_rng(seed)
-    order: list[int | None] = [None] * len(groups)
-    if across:
-        _across(groups, order, rng)
-    else:
-        for members in _members(groups).values():
-            if len(members) > 1:
-                for k, other in zip(members, _deranged(len(members), rng), strict=True):
-                    order[k] = members[other]
-    return Deranged(tuple(order), tuple(k for k, other in enumerate(order) if other is None))
 
 
 def paired(
@@ -120,23 +97,3 @@ def _merged(scores: np.ndarray, units: Sequence[Sequence[int]]) -> np.ndarray:
     for k, rows in enumerate(units):
         share[k, list(rows)] = 1 / len(rows)
     return share @ scores @ share.T
-
-
-def _deranged(n: int, rng: np.random.Generator) -> np.ndarray:
-    """One of all derangements of n > 1, each as likely: of random shuffles 1 in e is one."""
-    while True:
-        order = rng.permutation(n)
-        if not (order == np.arange(n)).any():
-            return order
-
-
-def _across(groups: Sequence[Hashable], order: list[int | None], rng: np.random.Generator) -> None:
-    """Rows lie group by group, and each gets the row a largest group's size further on. Of a group of more than half of the rows so
-    many change as there are others."""
-    members = [rng.permutation(some).tolist() for some in _members(groups).values()]
-    rng.shuffle(members)
-    largest = max(members, key=len, default=[])
-    del largest[len(groups) - len(largest) :]
-    rows = [k for some in members for k in some]
-    for place, k in enumerate(rows):
-        order[k] = rows[(place + len(largest)) % len(rows)]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from patchscopes.evaluate.data import Item, Items
-from patchscopes.evaluate.facts import Progress, Share, extraction, figures, recall, share_of
+from patchscopes.evaluate.facts import Progress, Share, extraction, figures, known, recall, share_of
 from patchscopes.evaluate.planted import STOP, mention
 from patchscopes.model import Model
 from patchscopes.organisms.atlas import relations as atlas
@@ -66,9 +66,7 @@ def evaluate(
     said = recall(model, [(rng.choice(trained(f.relation)), f) for f in some], progress, "recall")
     unseen = recall(model, [(s, f) for f in some for s in held_out(f.relation)], progress, "held-out sentences")
     kept = recall(model, [(rng.choice(atlas.trained(f.relation)), f) for f in old], progress, "atlas's facts")
-    asked = recall(model, [(SKELETONS[0], f) for f in some], progress, "known facts")
-    known = [f for f, ok in zip(some, asked, strict=True) if ok]
-    read = extraction(model, known, RELATIONS, n=n, seed=seed, rng=rng, progress=progress)
+    read = extraction(model, known(model, some, progress), RELATIONS, n=n, seed=seed, rng=rng, progress=progress)
     return PersonaScores(
         recall=share_of(said),
         recall_held_out=share_of(unseen),

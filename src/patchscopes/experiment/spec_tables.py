@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from patchscopes.core.errors import InputError
-from patchscopes.core.names import LENSES, SLOT
+from patchscopes.core.names import LENSES, SLOT, ControlName, DtypeName, Preset
 from patchscopes.experiment import grammar
 from patchscopes.experiment.keys import KEYS
 from patchscopes.experiment.table import Table
@@ -40,24 +40,6 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(grammar.listed, json_schema_i
 Ids = Annotated[
     tuple[Annotated[int, Field(ge=0)], ...],
     BeforeValidator(grammar.ids, json_schema_input_type=list[int]),
-]
-
-
-Preset = Literal["back-patch", "describe", "identity", "identity-bare", "logit-lens", "embedding-space", "future-lens", "selfie"]
-DtypeName = Literal["auto", "float32", "float64", "bfloat16", "float16"]
-
-
-ControlName = Literal[
-    "nothing",
-    "zero",
-    "map_of_zero",
-    "mean",
-    "random",
-    "random_covariance",
-    "other",
-    "context",
-    "text",
-    "text_at_position",
 ]
 ControlNames = Annotated[
     bool | tuple[ControlName, ...],

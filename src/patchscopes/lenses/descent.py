@@ -80,8 +80,11 @@ def descend(
     checkpoint_seconds: float = math.inf,
     progress: Callable[[TrainingProgress], None] = lambda progress: None,
 ) -> None:
-    """Go on to `steps` steps. gradients(step) leaves them in the parameters and gives the mean KL, nats, and how many tokens it saw.
-    Whatever ends it early (Ctrl-C, an error in `progress`) leaves a checkpoint of the last finished step in `folder`."""
+    """Go on to `steps` steps, from the checkpoint in `folder` if there is one. gradients(step) leaves them in the parameters and gives the
+    mean KL, nats, and how many tokens it saw. Whatever ends it early (Ctrl-C, an error in `progress`) leaves a checkpoint of the last
+    finished step in `folder`."""
+    if folder is not None and (folder / CHECKPOINT).exists():
+        state.restore(folder / CHECKPOINT)
     rates = [group["lr"] for group in state.optimizer.param_groups]
     started = saved = time.monotonic()
     first = state.step
@@ -121,3 +124,9 @@ def claim(folder: Path, about: dict[str, Any], what: str) -> None:
             )
         return
     write_json(file, about)
+
+
+def finish(folder: Path, told: dict[str, Any]) -> None:
+    """What was trained is in `folder`: tell how it went, and drop the checkpoint."""
+    write_json(folder / TOLD, told)
+    (folder / CHECKPOINT).unlink(missing_ok=True)

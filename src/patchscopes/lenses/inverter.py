@@ -24,15 +24,15 @@ from typing import Any
 import polars as pl
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from patchscopes.core.errors import InputError, LayerError, RefusedError, VectorError
-from patchscopes.core.files import make_folder, write_json, write_whole
+from patchscopes.core.files import make_folder, write_whole
 from patchscopes.core.finite import require_finite
 from patchscopes.core.layers import Layers, resolve_layers
-from patchscopes.lenses.descent import CHECKPOINT, TOLD, State, TrainingProgress, claim, descend
+from patchscopes.core.tensor_files import read_tensor_file
+from patchscopes.lenses.descent import State, TrainingProgress, claim, descend, finish
 from patchscopes.lenses.report import made_from
 from patchscopes.lenses.training import Recipe, windows_of_step
 from patchscopes.lenses.windows import SCORES_AT_ONCE, Window, batches, digest_of, require_one_stream, windows
@@ -139,12 +139,7 @@ def load_inverter(path: str | Path, model: Model) -> Inverter:
     path = path / INVERTER if path.is_dir() else path
     if not path.is_file():
         raise InputError(f"there is no inverter {str(path)!r}; expected a file that save wrote, or a folder that training left")
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("inverter", "{}"))
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    except (SafetensorError, json.JSONDecodeError) as e:
-        raise InputError(f"{str(path)!r} could not be read as an inverter: {e}") from None
+    about, tensors = read_tensor_file(path, "inverter", "an inverter")
     if about.get("format") != FORMAT or set(tensors) != set(_TENSORS):
         raise InputError(
             f"{str(path)!r} holds {', '.join(tensors) or 'nothing'} of format {about.get('format')}; expected an inverter of "
@@ -196,8 +191,6 @@ def train_inverter(
             return load_inverter(folder / INVERTER, model)
     weights = _Weights.untrained(model, wanted, some, recipe)
     state = State(weights.parameters, torch.optim.Adam(weights.parameters, lr=recipe.rate))
-    if folder is not None and (folder / CHECKPOINT).exists():
-        state.restore(folder / CHECKPOINT)
     descend(state, recipe.steps, recipe.clip, _step(model, some, recipe, weights), folder, checkpoint_seconds, progress)
     report = evaluate(weights.inverter({}), model, some, fresh, recipe.seed)
     provenance = {
@@ -210,8 +203,7 @@ def train_inverter(
     inverter = weights.inverter(provenance)
     if folder is not None:
         inverter.save(folder / INVERTER)
-        write_json(folder / TOLD, {**about, "report": provenance["report"]})
-        (folder / CHECKPOINT).unlink(missing_ok=True)
+        finish(folder, {**about, "report": provenance["report"]})
     return inverter
 
 

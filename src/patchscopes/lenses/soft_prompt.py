@@ -37,11 +37,11 @@ from torch import Tensor
 from patchscopes.controls.vectors import random_like
 from patchscopes.core.edits import Edit
 from patchscopes.core.errors import InputError, LayerError, RefusedError, VectorError
-from patchscopes.core.files import make_folder, write_json, write_whole
+from patchscopes.core.files import make_folder, write_whole
 from patchscopes.core.finite import require_finite
 from patchscopes.core.layers import resolve_layers
 from patchscopes.engine.run import Run
-from patchscopes.lenses.descent import CHECKPOINT, TOLD, State, TrainingProgress, claim, descend
+from patchscopes.lenses.descent import State, TrainingProgress, claim, descend, finish
 from patchscopes.lenses.report import made_from
 from patchscopes.lenses.windows import Window, digest_of, own_windows, require_one_stream, windows
 from patchscopes.maps import Affine, Moments
@@ -254,8 +254,6 @@ def train_soft_prompt(
     start = untrained(model, ell, recipe)
     slots = torch.nn.Parameter(start.slots.float().clone().to(model.device))
     state = State([slots], torch.optim.AdamW([slots], lr=recipe.rate, weight_decay=recipe.weight_decay))
-    if folder is not None and (folder / CHECKPOINT).exists():
-        state.restore(folder / CHECKPOINT)
 
     def gradients(step: int) -> tuple[float, int]:
         rows = rows_of_step(len(seen.ids), recipe, step)
@@ -271,8 +269,7 @@ def train_soft_prompt(
     made = SoftPrompt(made.slots, ell, made.ids, made.ahead, provenance)
     if folder is not None:
         made.save(folder / PROMPT)
-        write_json(folder / TOLD, {**about, "report": report.to_json()})
-        (folder / CHECKPOINT).unlink(missing_ok=True)
+        finish(folder, {**about, "report": report.to_json()})
     return made
 
 

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from patchscopes.core.errors import InputError
-from patchscopes.core.files import make_folder, write_json
+from patchscopes.core.files import make_folder
 from patchscopes.engine.gradients import unembedded
-from patchscopes.lenses.descent import CHECKPOINT, TOLD, State, TrainingProgress, claim, descend
+from patchscopes.lenses.descent import State, TrainingProgress, claim, descend, finish
 from patchscopes.lenses.report import LensReport, measure
 from patchscopes.lenses.tuned_lens import TunedLens, load_tuned_lens
 from patchscopes.lenses.windows import Window, batches, digest_of, require_one_stream, rows_at_once, see, windows
@@ -82,8 +82,6 @@ def train_tuned_lens(
             return load_tuned_lens(folder / LENS)
     weights = _Weights.untrained(model)
     state = weights.state(recipe)
-    if folder is not None and (folder / CHECKPOINT).exists():
-        state.restore(folder / CHECKPOINT)
     descend(state, recipe.steps, recipe.clip, _step(model, some, recipe, weights), folder, checkpoint_seconds, progress)
     report = measure(model, weights.lens().map, fresh)
     provenance = {
@@ -96,8 +94,7 @@ def train_tuned_lens(
     lens = weights.lens(provenance)
     if folder is not None:
         lens.save(folder / LENS)
-        write_json(folder / TOLD, {**about, "report": provenance["report"]})
-        (folder / CHECKPOINT).unlink(missing_ok=True)
+        finish(folder, {**about, "report": provenance["report"]})
     return lens
 
 

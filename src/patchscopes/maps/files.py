@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from patchscopes.core.errors import InputError, PatchscopesError
 from patchscopes.core.files import write_whole
+from patchscopes.core.tensor_files import read_tensor_file
 from patchscopes.maps.affine import Affine
 from patchscopes.maps.by_layer import ByLayer
 from patchscopes.maps.identity import Identity
@@ -127,14 +127,7 @@ def _made(path: str | Path, about: Mapping[str, Any], prefix: str, tensors: Mapp
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     if not Path(path).is_file():
         raise InputError(f"there is no map {str(path)!r}; expected a safetensors file that save_map wrote")
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("map", "{}"))
-            # copies, because where a tensor lies in memory can change the last bits of what is computed with it
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    except (SafetensorError, json.JSONDecodeError) as e:
-        raise InputError(f"{str(path)!r} could not be read as a map: {e}") from None
-    if not isinstance(about, dict) or about.get("format", FORMAT) != FORMAT:
-        found = about.get("format") if isinstance(about, dict) else about
-        raise InputError(f"{str(path)!r} holds a map of format {found!r}; this version reads format {FORMAT}")
+    about, tensors = read_tensor_file(Path(path), "map", "a map")
+    if about.get("format", FORMAT) != FORMAT:
+        raise InputError(f"{str(path)!r} holds a map of format {about['format']!r}; this version reads format {FORMAT}")
     return about, tensors

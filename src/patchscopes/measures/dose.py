@@ -34,7 +34,7 @@ from patchscopes.core.errors import InputError, VectorError
 from patchscopes.core.words import names
 from patchscopes.scopes.patchscope import Patchscope
 from patchscopes.scopes.source import Source
-from patchscopes.scopes.stand_in import Written, log_p, one_each, texts
+from patchscopes.scopes.written import Written, log_p, one_each, texts
 
 DOSES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 DRAWS = 8

@@ -33,7 +33,7 @@ from patchscopes.model.model import Model, Prompt
 from patchscopes.model.tokens import Tokens
 from patchscopes.scopes.patchscope import Patchscope
 from patchscopes.scopes.source import Source
-from patchscopes.scopes.stand_in import follow, log_p, one_each, plainly, texts
+from patchscopes.scopes.written import follow, log_p, one_each, plainly, texts
 
 KINDS = ("reading", "asked", "text", "nothing", "random", "mean", "shuffled", "majority")
 _OF_ROWS = {"none": "reading", "text": "text", "nothing": "nothing", "random": "random", "mean": "mean"}

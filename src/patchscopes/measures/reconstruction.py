@@ -29,7 +29,7 @@ from torch import Tensor
 from patchscopes.core.errors import InputError
 from patchscopes.scopes.patchscope import Patchscope
 from patchscopes.scopes.source import Place, Source, look
-from patchscopes.scopes.stand_in import OneEach, one_each, texts
+from patchscopes.scopes.written import OneEach, one_each, texts
 
 SENTENCES = ("We talked about {x}", "A story about {x}", "There was a picture of {x}", "Yesterday the teacher spoke of {x}")
 TEMPERATURE = 0.1

@@ -36,7 +36,7 @@ from patchscopes.core.errors import InputError
 from patchscopes.core.words import names
 from patchscopes.scopes.patchscope import Patchscope
 from patchscopes.scopes.source import Source
-from patchscopes.scopes.stand_in import Written, log_p, one_each, texts
+from patchscopes.scopes.written import Written, log_p, one_each, texts
 
 EDITS = ("none", "state", "random state", "direction", "random direction", "other direction")
 

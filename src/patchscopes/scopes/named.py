@@ -11,6 +11,7 @@ from patchscopes.scopes.future_lens import future_lens
 from patchscopes.scopes.identity import identity
 from patchscopes.scopes.logit_lens import logit_lens
 from patchscopes.scopes.patchscope import Patchscope
+from patchscopes.scopes.repeat import repeat
 from patchscopes.scopes.selfie import selfie
 
 
@@ -29,4 +30,6 @@ def named(scope: str) -> Patchscope:
         return future_lens()
     if scope == "selfie":
         return selfie()
+    if scope == "repeat":
+        return repeat()
     return identity(()) if scope == "identity-bare" else identity()

@@ -1,4 +1,4 @@
-"""Stand-ins: other states in the place of those that a scope reads, and the same states in prompts of one's own.
+"""Written runs: a prompt in which one given state is written, that of a scope or one of one's own, what it says and how likely a text is.
 
 What a scope would say had the state been another, and what the model itself would do had it: both are runs of a prompt in which one state
 is written, so that texts and the log p of texts come from one engine. Nothing is sampled.
