@@ -247,7 +247,7 @@ def test_a_random_model_is_at_chance(tmp_path: Path) -> None:
     assert "nothing can be told" in result.claims[0] and result.scores["confidences"] == {}
     pair = privileged.Pair("llama", "llama")
     scoped = evidence_study._scoped(asked, settings, pair, {"llama": model}, ())
-    some = evidence_study._items(asked, settings, pair, [], 48).items
+    some = privileged.items_for(dataclasses.replace(asked, n=48), privileged.Settings(tasks=settings.tasks), pair, []).items
     pretended, raw = bench(scoped, some, 30)
     for kind in ("zero", "a random vector", STRANGER):
         mine = [one for one in pretended if one.kind == kind]
