@@ -139,7 +139,9 @@ def test_infonce_is_bounded_and_leave_one_out_is_not() -> None:
         b = one["leave_one_out"]
         assert one["infonce"] < b
     assert rows[0]["leave_one_out_if_true"] > rows[0]["bound"]  # 6 bits over two others
-    assert rows[0]["spread"] > rows[1]["spread"] > rows[2]["spread"] == pytest.approx(0)  # all of them, each time
+    assert rows[0]["spread"] > rows[1]["spread"] > rows[2]["spread"] > 0
+    sd = float(np.std(scores.log2_mean(np.random.default_rng(1).normal(-8, 0.3, (4000, 2)))))  # of two others, drawn anew
+    assert rows[0]["spread"] == pytest.approx(sd, rel=0.15)
 
 
 def test_looks_average_their_noise_away() -> None:
@@ -245,11 +247,11 @@ def test_a_random_model_is_at_chance(tmp_path: Path) -> None:
     assert "nothing can be told" in result.claims[0] and result.scores["confidences"] == {}
     pair = privileged.Pair("llama", "llama")
     scoped = evidence_study._scoped(asked, settings, pair, {"llama": model}, ())
-    some = evidence_study._items(asked, settings, pair, [], 60).items
-    pretended, raw = bench(scoped, some, 40)
+    some = privileged.items_for(dataclasses.replace(asked, n=48), privileged.Settings(tasks=settings.tasks), pair, []).items
+    pretended, raw = bench(scoped, some, 30)
     for kind in ("zero", "a random vector", STRANGER):
         mine = [one for one in pretended if one.kind == kind]
-        assert len(mine) >= 30
+        assert len(mine) >= 25
         null = scores.null(kind, [one.p for one in mine], [one.above for one in mine], 24, [one.entity for one in mine])
         assert null.uniform.ks_p > 0.01 and null.above.low <= 0.05
     assert raw is not None and not raw.true.any()

@@ -258,12 +258,13 @@ def of_looks(raw: Raw) -> list[dict[str, Any]]:
 
 
 def of_number(raw: Raw, numbers: Sequence[int], *, seed: int = 0) -> list[dict[str, Any]]:
-    """As of n others, drawn anew `RESAMPLES` times from all there are: mean over readings of the bits (leave-one-out and InfoNCE), the
-    standard deviation over draws of others, the bound log2 (n + 1), and how well `explained` sorts true from false."""
+    """As of n others, drawn anew `RESAMPLES` times, with replacement, from all there are: mean over readings of the bits (leave-one-out and
+    InfoNCE), the standard deviation over draws of others, the bound log2 (n + 1), and how well `explained` sorts true from false."""
     rng, own = np.random.default_rng(seed), raw.own.mean(axis=1)
     rows = []
     for n in (n for n in numbers if n <= raw.others.shape[1]):
-        drawn = [rng.permuted(raw.others, axis=1)[:, :n] for _ in range(RESAMPLES)]
+        picked = rng.integers(raw.others.shape[1], size=(RESAMPLES, len(own), n))
+        drawn = [np.take_along_axis(raw.others, some, axis=1) for some in picked]
         bits = np.stack([own - log2_mean(some) for some in drawn])
         bounded = np.stack([own - log2_mean(np.concatenate([some, own[:, None]], axis=1)) for some in drawn])
         ranked = [auroc(explained_of(own, some), raw.true) for some in drawn]

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from patchscopes.core.errors import InputError
-from patchscopes.evaluate import attribute, extraction, privileged
-from patchscopes.evaluate.data import Item, Items
+from patchscopes.evaluate import attribute, extraction, planted, privileged
+from patchscopes.evaluate.data import Item, Items, sampled
 from patchscopes.evaluate.evidence_scores import AGREEMENT, EVIDENCE, LOG_P, Weighed, complete
 from patchscopes.evaluate.frame import Asked, Result, caveats_of, ours, recorded, settings_of
 from patchscopes.evaluate.privileged import Pair
@@ -41,7 +41,9 @@ if TYPE_CHECKING:
 
 TITLE = "Is evidence calibrated, and does it tell true readings from false?"
 PAPER = "van den Oord et al. 2018 (InfoNCE); Poole et al. 2019; El-Yaniv and Wiener 2010; Guo et al. 2017"
-EACH, QUICK_EACH = 12, 6  # entities of each pair
+EACH, QUICK_EACH = 12, 6  # people of each pair
+OF_EACH = 3  # of atlas, which has many relations, a third as many items of each
+QUICK_EVERY = 4  # relation of atlas
 MOST = 4  # source layers, if none are named
 RELATIONS, OTHERS, WEIGHED = 4, 49, 8  # of the bench: relations, prompts of each, and those of them that are weighed
 QUICK_RELATIONS, QUICK_OTHERS, QUICK_WEIGHED = 2, 30, 3
@@ -142,9 +144,15 @@ def _attribute(settings: Settings) -> attribute.Settings:
     return attribute.Settings(tokens=settings.tokens, known="all", at_least=1, tasks=settings.tasks, probe=0)
 
 
-def _items(asked: Asked, settings: Settings, pair: Pair, notes: list[str], n: int | None = None) -> Items:
-    some = replace(asked, n=asked.items(EACH, QUICK_EACH) if n is None else n)
-    return privileged.items_for(some, _privileged(settings), pair, notes)
+def _items(asked: Asked, settings: Settings, pair: Pair, notes: list[str]) -> Items:
+    """Of people each with all facts; of atlas some facts of every relation."""
+    n = asked.items(EACH, QUICK_EACH)
+    if asked.data is None and settings.tasks is None and not pair.read.startswith("personas-"):
+        pool = planted.items()
+        wanted = pool.relations[:: QUICK_EVERY if asked.quick else 1]
+        some = [item for item in pool.items if item.relation in wanted]
+        return Items(pool.name, tuple(sampled(some, max(2, n // OF_EACH), asked.seed)), pool.stop)
+    return privileged.items_for(replace(asked, n=n), _privileged(settings), pair, notes)
 
 
 def _of(asked: Asked, name: str) -> Asked:
@@ -281,7 +289,7 @@ def _bench(asked: Asked, settings: Settings, pair: Pair, models: dict[str, Model
     from patchscopes.evaluate.evidence_weighing import bench
 
     relations, others, weighed = (QUICK_RELATIONS, QUICK_OTHERS, QUICK_WEIGHED) if asked.quick else (RELATIONS, OTHERS, WEIGHED)
-    items = _items(asked, settings, pair, [], others)
+    items = privileged.items_for(replace(asked, n=others), _privileged(settings), pair, [])
     by = _scoped(asked, settings, pair, models, items.stop)
     pretended: list[Pretended] = []
     found: list[Raw] = []
