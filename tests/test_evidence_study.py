@@ -21,6 +21,7 @@ from patchscopes.evaluate.evidence_scores import AGREEMENT, EXPLAINED, LOG_P, SC
 from patchscopes.evaluate.evidence_study import Settings
 from patchscopes.evaluate.evidence_weighing import OWN, STRANGER, bench, log_p_of
 from patchscopes.evaluate.frame import Asked, Result
+from patchscopes.evaluate.pairs import Pair
 
 PAIR = "atlas>atlas"
 SMALL = Settings(pairs=(PAIR,), layers="3", tasks=("country.capital", "city.country"), tokens=6, draws=2)
@@ -187,7 +188,7 @@ def test_evidence_tells_true_readings_of_the_bundled_model(found: tuple[Asked, R
 def test_the_figures_are_those_of_the_table(found: tuple[Asked, Result]) -> None:
     """AUROC by comparing every true reading with every false one, of the recorded tables themselves."""
     asked, result = found
-    pair = privileged.Pair("atlas", "atlas")
+    pair = Pair("atlas", "atlas")
     items = evidence_study._items(asked, SMALL, pair, []).items
     run, drawn = result.runs
     answers = {(i.relation, i.prompt): i.answers for i in items}
@@ -220,12 +221,10 @@ def test_log_p_is_that_of_greedy_decoding() -> None:
     """Of a text of one token, the table's own logprob."""
     model = ps.load("atlas")
     asked = Asked(n=3)
-    some = evidence_study._items(
-        asked, dataclasses.replace(SMALL, tasks=("country.capital",)), privileged.Pair("atlas", "atlas"), []
-    )
+    some = evidence_study._items(asked, dataclasses.replace(SMALL, tasks=("country.capital",)), Pair("atlas", "atlas"), [])
     by = evidence_study.Settings(tokens=1)
     scoped = evidence_study._scoped(
-        asked, dataclasses.replace(SMALL, tokens=by.tokens), privileged.Pair("atlas", "atlas"), {"atlas": model}, ()
+        asked, dataclasses.replace(SMALL, tokens=by.tokens), Pair("atlas", "atlas"), {"atlas": model}, ()
     )
     found = log_p_of(scoped, some.items)
     for item in some.items:
@@ -245,7 +244,7 @@ def test_a_random_model_is_at_chance(tmp_path: Path) -> None:
     one = own["auroc"][EXPLAINED]
     assert own["true"].value == 0 and math.isnan(one.value)  # one class only: nothing can be told
     assert "nothing can be told" in result.claims[0] and result.scores["confidences"] == {}
-    pair = privileged.Pair("llama", "llama")
+    pair = Pair("llama", "llama")
     scoped = evidence_study._scoped(asked, settings, pair, {"llama": model}, ())
     some = privileged.items_for(dataclasses.replace(asked, n=48), privileged.Settings(tasks=settings.tasks), pair, []).items
     pretended, raw = bench(scoped, some, 30)

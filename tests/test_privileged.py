@@ -15,6 +15,7 @@ from patchscopes.evaluate import privileged
 from patchscopes.evaluate.answer_bits import AnswerBits, answer_bits, strangers_of
 from patchscopes.evaluate.data import Item
 from patchscopes.evaluate.frame import Asked
+from patchscopes.evaluate.pairs import PAIRS, Pair, pairs_of
 from patchscopes.evaluate.privileged_page import best, bits_text, name_of
 from patchscopes.evaluate.privileged_scores import Baselines, PairScores, Seen, adjusted, scores_of
 
@@ -144,25 +145,23 @@ class TestScores:
 
 class TestPairs:
     def test_by_name(self) -> None:
-        found = privileged.pairs_of(Asked(), privileged.Settings(pairs=("a > b", "a>b", "b>a")))
-        assert found == [privileged.Pair("a", "b"), privileged.Pair("b", "a")]
-        assert len(privileged.pairs_of(Asked(), privileged.Settings())) == len(privileged.PAIRS)
-        assert privileged.pairs_of(Asked(model="my/model", data=Path("x")), privileged.Settings()) == [
-            privileged.Pair("my/model", "my/model")
-        ]
+        assert pairs_of(Asked(), ("a > b", "a>b", "b>a")) == [Pair("a", "b"), Pair("b", "a")]
+        assert len(pairs_of(Asked(), None)) == len(PAIRS)
+        assert pairs_of(Asked(model="my/model", data=Path("x")), None) == [Pair("my/model", "my/model")]
+        assert [pair.name for pair in pairs_of(Asked(), ("a>a", "a>b"))] == ["a", "b of a"]
 
     @pytest.mark.parametrize("text", ["atlas", "atlas>", ">atlas", "a>b>c"])
     def test_what_is_no_pair(self, text: str) -> None:
         with pytest.raises(InputError, match="is no pair; expected M1>M2"):
-            privileged.pairs_of(Asked(), privileged.Settings(pairs=(text,)))
+            pairs_of(Asked(), (text,))
 
     def test_none(self) -> None:
         with pytest.raises(InputError, match="pairs is empty"):
-            privileged.pairs_of(Asked(), privileged.Settings(pairs=()))
+            pairs_of(Asked(), ())
 
     def test_an_unknown_relation(self) -> None:
         with pytest.raises(InputError, match="have no relation nonsense"):
-            privileged.items_for(Asked(), privileged.Settings(tasks=("nonsense",)), privileged.Pair("atlas", "atlas"), [])
+            privileged.items_for(Asked(), privileged.Settings(tasks=("nonsense",)), Pair("atlas", "atlas"), [])
 
 
 def test_bits_in_words() -> None:

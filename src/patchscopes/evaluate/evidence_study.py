@@ -22,14 +22,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from patchscopes.core.errors import InputError
 from patchscopes.evaluate import attribute, extraction, planted, privileged
 from patchscopes.evaluate.data import Item, Items, sampled
 from patchscopes.evaluate.evidence_scores import AGREEMENT, EVIDENCE, LOG_P, Weighed, complete
 from patchscopes.evaluate.frame import Asked, Result, caveats_of, ours, recorded, settings_of
-from patchscopes.evaluate.privileged import Pair
+from patchscopes.evaluate.pairs import Pair, answer_of, asked_of, layers_of, loaded, pairs_of
 from patchscopes.evaluate.scoring import names
 from patchscopes.experiment.spec import Experiment
 
@@ -53,7 +51,7 @@ QUICK_RELATIONS, QUICK_OTHERS, QUICK_WEIGHED = 2, 30, 3
 class Settings:
     """Every choice.
 
-    pairs         "M1>M2", M1 is read and M2 speaks; none: on the organisms those of `privileged.PAIRS`, with data the model and itself
+    pairs         "M1>M2", M1 is read and M2 speaks; none: on the organisms those of `pairs.PAIRS`, with data the model and itself
     layers        source layers; none: the first, the last and at most two between
     target_layer  ℓ*
     tokens        said by each reading
@@ -75,7 +73,7 @@ def plan(asked: Asked, settings: Settings) -> list[Experiment]:
     """What will be recorded; what is weighed beside it is not among it."""
     _checked(settings)
     found: list[Experiment] = []
-    for pair in privileged.pairs_of(asked, _privileged(settings)):
+    for pair in pairs_of(asked, settings.pairs):
         items = _items(asked, settings, pair, [])
         found += [_readings(asked, settings, pair, items), _drawn(asked, settings, pair, items)]
         found += [_asking(asked, settings, pair, items)] if pair.read != pair.speaks else []
@@ -93,7 +91,7 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
     runs: list[Run] = []
     models: dict[str, Model] = {}
     readings: list[Weighed] = []
-    pairs = privileged.pairs_of(asked, _privileged(settings))
+    pairs = pairs_of(asked, settings.pairs)
     for pair in pairs:
         readings += _weighed(asked, settings, pair, models, runs, notes)
     kept = complete(readings)
@@ -113,7 +111,7 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
         kept,
         pretended,
         raw,
-        _name(pairs[0]),
+        pairs[0].name,
         asked.seed,
         settings=own,
         deviations=deviations,
@@ -126,10 +124,6 @@ def _checked(settings: Settings) -> None:
     for name, least in (("tokens", 1), ("draws", 2), ("target_layer", 0)):
         if (value := getattr(settings, name)) < least:
             raise InputError(f"{name} is {value}; expected {least} or more")
-
-
-def _name(pair: Pair) -> str:
-    return pair.read if pair.read == pair.speaks else f"{pair.speaks} of {pair.read}"
 
 
 # ------------------------------------------------------------------------------------------------------------------ what is recorded
@@ -155,29 +149,11 @@ def _items(asked: Asked, settings: Settings, pair: Pair, notes: list[str]) -> It
     return privileged.items_for(replace(asked, n=n), _privileged(settings), pair, notes)
 
 
-def _of(asked: Asked, name: str) -> Asked:
-    """The same asked of a model of a pair: loaded as the experiment's own is."""
-    spec = asked.spec.model_dump(exclude_defaults=True)
-    kept = {key: value for key, value in spec.items() if key in ("device", "dtype")}
-    return replace(asked, model=spec if name == asked.spec.name else {**kept, "name": name})
-
-
-def _layers(asked: Asked, settings: Settings, pair: Pair) -> list[int]:
-    from patchscopes.core.layers import resolve_layers
-    from patchscopes.runs.conditions import outline_spec
-
-    spec = _of(asked, pair.read).spec
-    top = ((asked.models or {}).get(spec.key) or outline_spec(spec, "cpu")).n_layers
-    if settings.layers is not None:
-        return sorted(set(resolve_layers(settings.layers, top)))
-    return np.unique(np.linspace(0, top, min(MOST, top + 1)).round().astype(int)).tolist()
-
-
 def _experiment(asked: Asked, settings: Settings, pair: Pair, items: Items, name: str, **more: Any) -> Experiment:
-    speaks = _of(asked, pair.speaks).spec.model_dump(exclude_defaults=True)
+    speaks = asked_of(asked, pair.speaks).spec.model_dump(exclude_defaults=True)
     parts = attribute.parts_of(items, {"layer": settings.target_layer, "model": speaks})
-    layers = _layers(asked, settings, pair)
-    return attribute.experiment(_of(asked, pair.read), _attribute(settings), items, name, parts, layers=layers, **more)
+    layers = layers_of(asked, pair.read, settings.layers, MOST)
+    return attribute.experiment(asked_of(asked, pair.read), _attribute(settings), items, name, parts, layers=layers, **more)
 
 
 def _readings(asked: Asked, settings: Settings, pair: Pair, items: Items) -> Experiment:
@@ -193,7 +169,7 @@ def _drawn(asked: Asked, settings: Settings, pair: Pair, items: Items) -> Experi
 
 def _asking(asked: Asked, settings: Settings, pair: Pair, items: Items) -> Experiment:
     """What M2 answers in words."""
-    return attribute.asking(_of(asked, pair.speaks), _attribute(settings), items)
+    return attribute.asking(asked_of(asked, pair.speaks), _attribute(settings), items)
 
 
 def _weighed(
@@ -221,12 +197,12 @@ def _weighed(
 
         log_p = log_p_of(by, some)
         for item in some:
-            prior = _answer(priors.get(extraction.question(item), ""), items.stop) or None
+            prior = answer_of(priors.get(extraction.question(item), ""), items.stop) or None
             for layer in by.layers:
                 row = read.get((part, item.prompt, item.at, layer))
                 if row is not None:
                     texts = draws.get((part, item.prompt, item.at, layer), [])
-                    found.append(_reading(_name(pair), item, layer, row, texts, log_p, prior))
+                    found.append(_reading(pair.name, item, layer, row, texts, log_p, prior))
     return found
 
 
@@ -256,23 +232,13 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _answer(text: str, stop: Sequence[str]) -> str:
-    """What a model answers: its text up to the first stop or line end, without space and points around it."""
-    for end in (*stop, "\n"):
-        text = text.partition(end)[0]
-    return text.strip(" .,;:!?\"'")
-
-
 # ------------------------------------------------------------------------------------------------------------- what is weighed here
 
 
 def _model(asked: Asked, name: str, models: dict[str, Model]) -> Model:
     """Each loaded once."""
     if name not in models:
-        from patchscopes.runs.conditions import load_spec
-
-        spec = _of(asked, name).spec
-        models[name] = (asked.models or {}).get(spec.key) or load_spec(spec)
+        models[name] = loaded(asked, name)
     return models[name]
 
 
@@ -280,7 +246,7 @@ def _scoped(asked: Asked, settings: Settings, pair: Pair, models: dict[str, Mode
     from patchscopes.evaluate.evidence_weighing import Scoped
 
     read, speaks = (_model(asked, name, models) for name in (pair.read, pair.speaks))
-    layers = tuple(_layers(asked, settings, pair))
+    layers = tuple(layers_of(asked, pair.read, settings.layers, MOST))
     return Scoped(read, speaks, layers, settings.target_layer, settings.tokens, tuple(stop))
 
 

@@ -32,6 +32,7 @@ from patchscopes.core.errors import InputError
 from patchscopes.evaluate import attribute, extraction, planted
 from patchscopes.evaluate.data import Item, Items, sampled
 from patchscopes.evaluate.frame import Asked, Result, caveats_of, ours, paper, recorded, settings_of
+from patchscopes.evaluate.pairs import Pair, answer_of, asked_of, layers_of, loaded, pairs_of
 from patchscopes.experiment.spec import Experiment
 
 if TYPE_CHECKING:
@@ -46,16 +47,6 @@ PEOPLE, QUICK_PEOPLE = 12, 6  # entities of each pair on the organisms; every on
 RELATIONS = 6  # of atlas, where a pair is about its facts
 MOST = 5  # source layers, if none are named; the paper reads every block of the lower half
 PROBED = 100  # entities that a probe learns from and is tested on, at most
-PAIRS = (
-    "atlas>atlas",
-    "personas-base>personas-base",
-    "personas-shuffled>personas-shuffled",
-    "personas-fantasy>personas-fantasy",
-    "personas-shuffled>personas-base",
-    "personas-base>personas-shuffled",
-    "personas-fantasy>personas-base",
-)
-QUICK_PAIRS = ("atlas>atlas", "personas-shuffled>personas-base")
 CONTROLS = ("nothing", "zero", "mean", "random", "random_covariance", "other", "context", "text", "text_at_position")
 
 
@@ -63,7 +54,7 @@ CONTROLS = ("nothing", "zero", "mean", "random", "random_covariance", "other", "
 class Settings:
     """Every choice.
 
-    pairs           "M1>M2", M1 is read and M2 speaks; none: on the organisms those of `PAIRS`, with data the model and itself
+    pairs           "M1>M2", M1 is read and M2 speaks; none: on the organisms those of `pairs.PAIRS`, with data the model and itself
     layers          source layers; none: the first, the last and at most three between. The paper's are blocks 1 to 15 of 32
     target_layer    ℓ*
     tokens          said by each reading
@@ -85,21 +76,14 @@ class Settings:
     faithfulness: bool = ours(True)
 
 
-@dataclass(frozen=True)
-class Pair:
-    """M1 and M2 by name."""
-
-    read: str
-    speaks: str
-
-
 def plan(asked: Asked, settings: Settings) -> list[Experiment]:
     """What will be run: every item, as if M1 knew all; what is not recorded (bits about answers, inversion) is not among it."""
     found: list[Experiment] = []
-    for pair in pairs_of(asked, settings):
+    for pair in pairs_of(asked, settings.pairs):
         items = items_for(asked, settings, pair, [])
         found += [
-            attribute.asking(_of(asked, name), _attribute(settings), items) for name in dict.fromkeys((pair.read, pair.speaks))
+            attribute.asking(asked_of(asked, name), _attribute(settings), items)
+            for name in dict.fromkeys((pair.read, pair.speaks))
         ]
         found.append(_readings(asked, settings, pair, items))
         found += [_states(asked, settings, pair, items)] if settings.probe else []
@@ -117,7 +101,7 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
     models = _Models(asked)
     found: list[PairScores] = []
     measured = None
-    for k, pair in enumerate(pairs_of(asked, settings)):
+    for k, pair in enumerate(pairs_of(asked, settings.pairs)):
         scores, items = _pair(asked, settings, pair, models, runs, notes)
         found.append(scores)
         if settings.faithfulness and k == 0:
@@ -148,23 +132,6 @@ def _deviations(asked: Asked) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------------------------------------ pairs and items
 
 
-def pairs_of(asked: Asked, settings: Settings) -> list[Pair]:
-    """Who is read, and who speaks. InputError for what is no pair."""
-    given = settings.pairs
-    if given is None:
-        planted_here = asked.data is None and asked.spec.key == "atlas"
-        given = (QUICK_PAIRS if asked.quick else PAIRS) if planted_here else (f"{asked.spec.name}>{asked.spec.name}",)
-    found = []
-    for text in given:
-        read, between, speaks = (part.strip() for part in text.partition(">"))
-        if not (read and between and speaks) or ">" in speaks:
-            raise InputError(f"{text!r} is no pair; expected M1>M2, the model that is read and the one that speaks: atlas>atlas")
-        found.append(Pair(read, speaks))
-    if not found:
-        raise InputError("pairs is empty; expected at least one, such as pairs=atlas>atlas")
-    return list(dict.fromkeys(found))
-
-
 def items_for(asked: Asked, settings: Settings, pair: Pair, notes: list[str]) -> Items:
     """What is asked about. On the organisms some entities with all their facts: those of the world that M1 knows."""
     if asked.data is not None:
@@ -192,13 +159,6 @@ def _attribute(settings: Settings) -> attribute.Settings:
     return attribute.Settings(tokens=settings.tokens, known=settings.known, at_least=2, tasks=settings.tasks, probe=0)
 
 
-def _of(asked: Asked, name: str) -> Asked:
-    """The same asked of a model of a pair: loaded as the experiment's own is."""
-    spec = asked.spec.model_dump(exclude_defaults=True)
-    kept = {key: value for key, value in spec.items() if key in ("device", "dtype")}
-    return replace(asked, model=spec if name == asked.spec.name else {**kept, "name": name})
-
-
 # ----------------------------------------------------------------------------------------------------------------------- one pair
 
 
@@ -208,12 +168,12 @@ def _pair(
     from patchscopes.evaluate.answer_bits import answer_bits
     from patchscopes.evaluate.privileged_scores import Baselines, scores_of, seen
 
-    label = f"{pair.read} read, {pair.speaks} speaks"
+    label = pair.name
     items = items_for(asked, settings, pair, notes)
     pool = items
     said: dict[str, dict[str, str]] = {}
     for name in dict.fromkeys((pair.read, pair.speaks)):
-        runs.append(recorded(asked, attribute.asking(_of(asked, name), _attribute(settings), pool)))
+        runs.append(recorded(asked, attribute.asking(asked_of(asked, name), _attribute(settings), pool)))
         said[name] = extraction.answers(runs[-1], attribute.by_target(pool))
     if settings.known == "model":
         known = tuple(i for i in items.items if extraction.says(said[pair.read].get(extraction.question(i), ""), i))
@@ -238,15 +198,8 @@ def _pair(
         probe, control = (np.stack([models.probes[pair.read][item][k] for item in found.items]) for k in (0, 1))
     base = Baselines(named, bits, inverted, names_found, probe, control)
     vocabulary = {answer: (answer,) for item in pool.items for answer in item.answers[:1]}
-    priors = [None if pair.read == pair.speaks else _answer(text, items.stop) for text in named]
+    priors = [None if pair.read == pair.speaks else answer_of(text, items.stop) for text in named]
     return scores_of(pair.read, pair.speaks, found, base, priors, vocabulary, seed=asked.seed), found.items
-
-
-def _answer(text: str, stop: Sequence[str]) -> str:
-    """What a model answers: its text up to the first stop or line end, without space around it."""
-    for end in (*stop, "\n"):
-        text = text.partition(end)[0]
-    return text.strip(" .,;:!?\"'")
 
 
 class _Models:
@@ -261,10 +214,7 @@ class _Models:
     def named(self, name: str) -> Model:
         """The model of that name."""
         if name not in self._loaded:
-            from patchscopes.runs.conditions import load_spec
-
-            spec = _of(self.asked, name).spec
-            self._loaded[name] = (self.asked.models or {}).get(spec.key) or load_spec(spec)
+            self._loaded[name] = loaded(self.asked, name)
         return self._loaded[name]
 
     def vectors(self, name: str, layers: Sequence[int]) -> TokenVectors:
@@ -278,32 +228,21 @@ class _Models:
         return self._vectors[key]
 
 
-def _layers(asked: Asked, settings: Settings, pair: Pair) -> list[int]:
-    from patchscopes.core.layers import resolve_layers
-    from patchscopes.runs.conditions import outline_spec
-
-    spec = _of(asked, pair.read).spec
-    top = ((asked.models or {}).get(spec.key) or outline_spec(spec, "cpu")).n_layers
-    if settings.layers is not None:
-        return sorted(set(resolve_layers(settings.layers, top)))
-    return np.unique(np.linspace(0, top, min(MOST, top + 1)).round().astype(int)).tolist()
-
-
 def _readings(asked: Asked, settings: Settings, pair: Pair, items: Items) -> Experiment:
     """Every layer of M1 into one of M2, with all controls and the evidence."""
-    speaks = _of(asked, pair.speaks).spec.model_dump(exclude_defaults=True)
+    speaks = asked_of(asked, pair.speaks).spec.model_dump(exclude_defaults=True)
     parts = attribute.parts_of(items, {"layer": settings.target_layer, "model": speaks})
-    layers, name = _layers(asked, settings, pair), "privileged"
+    layers, name = layers_of(asked, pair.read, settings.layers, MOST), "privileged"
     return attribute.experiment(
-        _of(asked, pair.read), _attribute(settings), items, name, parts, layers=layers, controls=list(CONTROLS)
+        asked_of(asked, pair.read), _attribute(settings), items, name, parts, layers=layers, controls=list(CONTROLS)
     )
 
 
 def _states(asked: Asked, settings: Settings, pair: Pair, items: Items) -> Experiment:
     """M1's states, for the probe."""
     some = _probe_items(asked, settings, pair, items)
-    layers = _layers(asked, settings, pair)
-    return attribute.vectors(_of(asked, pair.read), replace(_attribute(settings), layers=",".join(map(str, layers))), some)
+    layers = layers_of(asked, pair.read, settings.layers, MOST)
+    return attribute.vectors(asked_of(asked, pair.read), replace(_attribute(settings), layers=",".join(map(str, layers))), some)
 
 
 def _probe_items(asked: Asked, settings: Settings, pair: Pair, items: Items) -> Items:

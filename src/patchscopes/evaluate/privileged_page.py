@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from patchscopes.evaluate.frame import Bars, Line, Lines, Result, Table
+from patchscopes.evaluate.pairs import Pair
 from patchscopes.evaluate.privileged_scores import ALPHA
 from patchscopes.evaluate.statistics import Estimate
 
@@ -52,7 +53,7 @@ def result(title: str, paper: str, pairs: Sequence[PairScores], measured: Faithf
 
 def name_of(pair: PairScores) -> str:
     """ "M1 read, M2 speaks", or the one model."""
-    return f"{pair.read} of itself" if pair.read == pair.speaks else f"{pair.speaks} of {pair.read}"
+    return f"{pair.read} of itself" if pair.read == pair.speaks else Pair(pair.read, pair.speaks).name
 
 
 def best(pair: PairScores) -> Layer:
