@@ -15,7 +15,7 @@ from patchscopes.evaluate import privileged
 from patchscopes.evaluate.answer_bits import AnswerBits, answer_bits, strangers_of
 from patchscopes.evaluate.data import Item
 from patchscopes.evaluate.frame import Asked
-from patchscopes.evaluate.pairs import PAIRS, Pair, pairs_of
+from patchscopes.evaluate.pairs import PAIRS, Pair, belief_of, pairs_of
 from patchscopes.evaluate.privileged_page import best, bits_text, name_of
 from patchscopes.evaluate.privileged_scores import Baselines, PairScores, Seen, adjusted, scores_of
 
@@ -102,7 +102,7 @@ class TestScores:
         assert found.named.value == 0 and found.conflicts == n
         assert [one.over_text.difference.value for one in found.layers] == [1, 0]
         assert found.layers[0].over_text.p_exact == pytest.approx(2 / 2**n)  # 12 of 12 discordant pairs one way
-        assert found.best.per_draw.value == 0.5 and found.best.any_of.value == 1
+        assert found.best is not None and found.best.per_draw.value == 0.5 and found.best.any_of.value == 1
         assert found.layers[0].permuted.p < 0.01 and found.layers[1].stated.hallucinated.value == 1
         # bits_over_text is above 0 for every other item: right where it says M1's fact there, or M2's elsewhere
         assert found.attributed.value == 0.5
@@ -158,6 +158,26 @@ class TestPairs:
     def test_none(self) -> None:
         with pytest.raises(InputError, match="pairs is empty"):
             pairs_of(Asked(), ())
+
+    def test_how_the_model_is_loaded_does_not_change_who_is_asked(self) -> None:
+        assert len(pairs_of(Asked(model={"name": "atlas", "dtype": "float32"}), None)) == len(PAIRS)
+
+    @pytest.mark.parametrize(
+        ("text", "belief"),
+        [
+            (" Paris, and the city is known for", "Paris"),  # the relation has it
+            (" New York is", "New York"),  # and not York, which begins later
+            (" the north.\nMore", "the north"),
+            (" nothing that anybody knows, or", "nothing that anybody knows"),
+            ("", ""),
+        ],
+    )
+    def test_what_a_model_believes(self, text: str, belief: str) -> None:
+        assert belief_of(text, (".",), ("York", "New York", "Paris")) == belief
+
+    def test_labels_are_of_data(self) -> None:
+        with pytest.raises(InputError, match="do not say what a model knows"):
+            privileged.items_for(Asked(), privileged.Settings(known="labels"), Pair("atlas", "atlas"), [])
 
     def test_an_unknown_relation(self) -> None:
         with pytest.raises(InputError, match="have no relation nonsense"):

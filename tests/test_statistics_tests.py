@@ -307,3 +307,15 @@ def test_uniformity_sees_what_is_not() -> None:
     for odd in ([0.33], [0.0], [math.nan], [1.05]):
         with pytest.raises(InputError, match="not on the grid"):
             uniformity.uniformity(odd, 19)
+
+
+def test_an_entity_is_shuffled_alike_in_all_its_relations() -> None:
+    """What ties an entity's relations together (its culture) is no information of its own: p stays uniform."""
+    rng = np.random.default_rng(3)
+    entities, relations = [k for k in range(12) for _ in range(6)], [r for _ in range(12) for r in range(6)]
+    small = []
+    for seed in range(400):
+        truth, said = (rng.integers(4, size=12) for _ in range(2))
+        scores = (said[entities][:, None] == truth[entities][None, :]).astype(float)
+        small.append(permutation.paired(scores, relations, entities, draws=199, seed=seed).p <= 0.05)
+    assert np.mean(small) < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 400)  # relations shuffled one by one: 0.23

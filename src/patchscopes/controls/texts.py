@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 
 from patchscopes.core.errors import InputError
 from patchscopes.core.names import PLACEHOLDER, SLOT
-from patchscopes.core.words import names, plain
+from patchscopes.core.words import names
 from patchscopes.model.tokens import Tokens
 
 Answer = TypeVar("Answer", bound=Hashable)
@@ -66,10 +66,10 @@ def answer_in_source(answers: str | Iterable[str], prompt: str) -> bool:
 
 def conflict(text: str, of_target: str | Iterable[str], of_verbalizer: str | Iterable[str]) -> Attribution:
     """Whose answer a description gives, where the model that was read and the one that speaks believe different things: "target" (the
-    model that was read), "verbalizer" (its own prior: a false attribution), "both", "neither"; "agree" where their answers share a name,
-    so that nothing can be told. Answers are names or lists of them."""
+    model that was read), "verbalizer" (its own prior: a false attribution), "both", "neither"; "agree" where an answer of one names one of
+    the other ("Paris", "Paris, in France"), so that nothing can be told. Answers are names or lists of them."""
     one, other = ([answer] if isinstance(answer, str) else list(answer) for answer in (of_target, of_verbalizer))
-    if {plain(name).casefold() for name in one} & {plain(name).casefold() for name in other}:
+    if any(names(answer, other) for answer in one) or any(names(answer, one) for answer in other):
         return "agree"
     target, verbalizer = names(text, one), names(text, other)
     if target and verbalizer:

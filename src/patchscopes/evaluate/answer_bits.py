@@ -100,7 +100,7 @@ def strangers_of(items: Sequence[Item], n: int, seed: int) -> list[list[int]]:
 
 def _plain(
     model: Model, verbalizer: Model, scope: Patchscope, some: Sequence[Item], behind: Sequence[str]
-) -> dict[str, list[float]]:
+) -> dict[str, np.ndarray]:
     """log2 p of the answers where nothing is patched, by what stands in the placeholder's place."""
     from patchscopes.controls.texts import question_alone, source_text
     from patchscopes.scopes.written import log_p, plainly
@@ -112,7 +112,17 @@ def _plain(
         prompts["nothing"].append(question_alone(item.target))
         prompts["named"].append(item.target.replace(SLOT, item.subject))
         prompts["source"].append(item.target.replace(SLOT, words))
-    return {name: bits(log_p([plainly(verbalizer, p) for p in texts], behind, scope)) for name, texts in prompts.items()}
+    found = {}
+    for name, texts in prompts.items():
+        found[name] = np.full(len(some), np.nan)
+        fits = [k for k, text in enumerate(texts) if _fits(verbalizer, text + behind[k])]
+        found[name][fits] = bits(log_p([plainly(verbalizer, texts[k]) for k in fits], [behind[k] for k in fits], scope))
+    return found
+
+
+def _fits(model: Model, text: str) -> bool:
+    """Whether the model reads so long a text."""
+    return model.context is None or len(model.tokenizer(text)["input_ids"]) <= model.context
 
 
 def _patched(
@@ -120,12 +130,20 @@ def _patched(
 ) -> tuple[list[float], list[float]]:
     """log2 p of the answers under their own states, and of the mean of p under those of strangers."""
     from patchscopes.scopes import Source
+    from patchscopes.scopes.source import look
     from patchscopes.scopes.written import log_p, one_each
 
-    each = one_each(scope, [Source(model, item.prompt, position=item.at, layer=layer) for item in some])
+    sources = [Source(model, item.prompt, position=item.at, layer=layer) for item in some]
+    read = look(model, [source.places()[0] for source in sources], [layer], "resid").vectors
+    sound = [k for k in range(len(some)) if bool(read[k, layer].isfinite().all())]
+    if not sound:
+        return [math.nan] * len(some), [math.nan] * len(some)
+    each = one_each(scope, [sources[k] for k in sound])
+    place = {k: number for number, k in enumerate(sound)}
     strangers = strangers_of(some, OTHERS, seed)
-    whose = [(k, j) for k, others in enumerate(strangers) for j in (k, *others)]
-    found = bits(log_p([each.scope(k, each.states[j]) for k, j in whose], [behind[k] for k, _ in whose], scope))
+    whose = [(k, j) for k in sound for j in (k, *strangers[k]) if j in place]
+    runs = [each.scope(place[k], each.states[place[j]]) for k, j in whose]
+    found = bits(log_p(runs, [behind[k] for k, _ in whose], scope))
     own, others = [math.nan] * len(some), [[] for _ in some]
     for (k, j), one in zip(whose, found, strict=True):
         if k == j:

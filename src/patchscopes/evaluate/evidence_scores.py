@@ -261,12 +261,13 @@ def of_number(raw: Raw, numbers: Sequence[int], *, seed: int = 0) -> list[dict[s
     """As of n others, drawn anew `RESAMPLES` times, with replacement, from all there are: mean over readings of the bits (leave-one-out and
     InfoNCE), the standard deviation over draws of others, the bound log2 (n + 1), and how well `explained` sorts true from false."""
     rng, own = np.random.default_rng(seed), raw.own.mean(axis=1)
+    first = raw.own[:, 0]  # behind the others' own prefix: only so are they one among others, as InfoNCE wants them
     rows = []
     for n in (n for n in numbers if n <= raw.others.shape[1]):
         picked = rng.integers(raw.others.shape[1], size=(RESAMPLES, len(own), n))
         drawn = [np.take_along_axis(raw.others, some, axis=1) for some in picked]
         bits = np.stack([own - log2_mean(some) for some in drawn])
-        bounded = np.stack([own - log2_mean(np.concatenate([some, own[:, None]], axis=1)) for some in drawn])
+        bounded = np.stack([first - log2_mean(np.concatenate([some, first[:, None]], axis=1)) for some in drawn])
         ranked = [auroc(explained_of(own, some), raw.true) for some in drawn]
         rows.append(
             {

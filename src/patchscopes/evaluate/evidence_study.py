@@ -27,7 +27,7 @@ from patchscopes.evaluate import attribute, extraction, planted, privileged
 from patchscopes.evaluate.data import Item, Items, sampled
 from patchscopes.evaluate.evidence_scores import AGREEMENT, EVIDENCE, LOG_P, Weighed, complete
 from patchscopes.evaluate.frame import Asked, Result, caveats_of, ours, recorded, settings_of
-from patchscopes.evaluate.pairs import Pair, answer_of, asked_of, layers_of, loaded, pairs_of
+from patchscopes.evaluate.pairs import Pair, asked_of, belief_of, layers_of, loaded, pairs_of
 from patchscopes.evaluate.scoring import names
 from patchscopes.experiment.spec import Experiment
 
@@ -184,6 +184,9 @@ def _weighed(
     if pair.read != pair.speaks:
         runs.append(recorded(asked, _asking(asked, settings, pair, items)))
         priors = extraction.answers(runs[-1], attribute.by_target(items))
+    answers: dict[str, list[str]] = {}
+    for item in items.items:
+        answers.setdefault(item.relation, []).extend(item.answers)
     columns = ("text", "verdict", *(column for column, _ in EVIDENCE.values()))
     table = run.table(control="none", status="ok").select("part", "prompt_text", "at", "source_layer", *columns)
     read = {row[:4]: dict(zip(columns, row[4:], strict=True)) for row in table.iter_rows()}
@@ -197,7 +200,7 @@ def _weighed(
 
         log_p = log_p_of(by, some)
         for item in some:
-            prior = answer_of(priors.get(extraction.question(item), ""), items.stop) or None
+            prior = belief_of(priors.get(extraction.question(item), ""), items.stop, answers[item.relation]) if priors else None
             for layer in by.layers:
                 row = read.get((part, item.prompt, item.at, layer))
                 if row is not None:

@@ -184,8 +184,9 @@ def _stranger(viewing: Viewing, kept: Sequence[Item], cell: Cell, seed: int) -> 
 
 def _raw(
     by: Scoped, viewing: Viewing, kept: Sequence[Item], cells: Sequence[Cell], texts: Mapping[str, Mapping[Cell, Sequence[int]]]
-) -> Raw:
-    """Every other item of the viewing, in an order that is drawn by nothing: that of the ring; and the pool."""
+) -> Raw | None:
+    """Every other item of the viewing, in an order that is drawn by nothing: that of the ring; and the pool. None where no cell can be
+    held against all of them (a state that is not finite)."""
     from patchscopes.scopes.controlled import under_vectors
     from patchscopes.scopes.viewing import Viewing
 
@@ -211,6 +212,8 @@ def _raw(
         alone.append(under_vectors(other.controls, cells, texts[OWN], some))
     whole = [cell for cell in cells if cell in found and len(found[cell]["others"]) == n_others + n_pool]
     whole = [cell for cell in whole if cell in strange and all(cell in one for one in alone)]
+    if not whole:
+        return None
 
     def bits(of: Mapping[Cell, Mapping[str, list[float]]], kind: str) -> np.ndarray:
         return np.array([of[cell][kind] for cell in whole]).reshape(len(whole), -1) / math.log(2)

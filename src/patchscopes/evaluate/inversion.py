@@ -16,6 +16,7 @@ a nearest neighbour its own token alone, K tokens to linear heads, and to the re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -56,7 +57,8 @@ class Reconstruction:
     @property
     def token_accuracy(self) -> float:
         """The share of tokens that came back at their own place."""
-        return sum(a == b for a, b in zip(self.ids, self.own, strict=False)) / len(self.own)
+        same = sum(a == b for a, b in zip(self.ids, self.own, strict=False))
+        return same / len(self.own) if self.own else math.nan  # nothing but special tokens stands there
 
 
 def invert(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from patchscopes.core.errors import InputError
+from patchscopes.core.words import names
 from patchscopes.evaluate.frame import Asked
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ class Pair:
 def pairs_of(asked: Asked, given: Sequence[str] | None) -> list[Pair]:
     """The pairs named "M1>M2"; None: on the organisms those of `PAIRS`, else the model and itself. InputError for what is no pair."""
     if given is None:
-        planted = asked.data is None and asked.spec.key == "atlas"
+        planted = asked.data is None and asked.spec.name == "atlas"
         given = (QUICK_PAIRS if asked.quick else PAIRS) if planted else (f"{asked.spec.name}>{asked.spec.name}",)
     found = []
     for text in given:
@@ -89,3 +91,11 @@ def answer_of(text: str, stop: Sequence[str]) -> str:
     for end in (*stop, "\n"):
         text = text.partition(end)[0]
     return text.strip(" .,;:!?\"'")
+
+
+def belief_of(text: str, stop: Sequence[str], answers: Iterable[str]) -> str:
+    """What a model believes, by its answer: the first of the relation's answers that it names (of those that begin together the longest);
+    if none, its words up to the first comma or point."""
+    said = answer_of(text, stop)
+    places = [(said.casefold().find(answer.casefold()), -len(answer), answer) for answer in answers if names(said, answer)]
+    return min(places)[2] if places else re.split(r"[,.;:(]", said, maxsplit=1)[0].strip()

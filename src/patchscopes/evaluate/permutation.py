@@ -50,7 +50,8 @@ def paired(
     seed: int = 0,
 ) -> Permuted:
     """The permutation test of scores[reading, answer]. clusters: rows of one cluster in one group are shuffled as one, with the mean of
-    their scores. "within" shuffles inside groups, "across" all over."""
+    their scores, and a cluster that has rows in several groups is shuffled alike in all of them. "within" shuffles inside groups, "across"
+    all over."""
     scores = np.asarray(scores, float)
     if scores.shape != (len(groups), len(groups)):
         raise InputError(f"scores of shape {scores.shape} for {len(groups)} rows; scores[i, j] holds every row against every row")
@@ -70,11 +71,17 @@ def paired(
     weight = np.concatenate([np.full(len(some), 1 / (len(some) * len(kept))) for some in kept])
     sizes = [len(everyone)] if kind == "across" else [len(some) for some in kept]
     rng = np.random.default_rng(seed)
-    starts = np.cumsum([0, *sizes[:-1]])
-    found = np.empty(draws)
-    for d in range(draws):
-        order = np.concatenate([start + rng.permutation(size) for start, size in zip(starts, sizes, strict=True)])
-        found[d] = weight @ merged[everyone, everyone[order]]
+    whose = {name: k for k, name in enumerate(dict.fromkeys(name for _, name in units))}
+    entity = np.array([whose[name] for _, name in units])
+    found = np.zeros(draws)
+    # two random orders of all entities: in every group the first of the one gets the answer of the first of the other, and so on, so that
+    # an entity's groups are shuffled alike
+    orders = rng.random((2, draws, len(whose)))
+    share = np.zeros(len(units))
+    share[everyone] = weight
+    for some in [everyone] if kind == "across" else [np.array(some) for some in kept]:
+        a, b = (some[np.argsort(order[:, entity[some]], axis=1, kind="stable")] for order in orders)
+        found += (share[a] * merged[a, b]).sum(axis=1)
     observed = float(weight @ merged[everyone, everyone])
     size = np.repeat(sizes, sizes)
     pool = np.repeat(np.arange(len(sizes)), sizes)

@@ -32,8 +32,9 @@ from patchscopes.core.errors import InputError
 from patchscopes.evaluate import attribute, extraction, planted
 from patchscopes.evaluate.data import Item, Items, sampled
 from patchscopes.evaluate.frame import Asked, Result, caveats_of, ours, paper, recorded, settings_of
-from patchscopes.evaluate.pairs import Pair, answer_of, asked_of, layers_of, loaded, pairs_of
+from patchscopes.evaluate.pairs import Pair, asked_of, belief_of, layers_of, loaded, pairs_of
 from patchscopes.experiment.spec import Experiment
+from patchscopes.organisms.personas.people import WORLDS
 
 if TYPE_CHECKING:
     from patchscopes.evaluate.privileged_scores import PairScores, Seen
@@ -102,10 +103,16 @@ def evaluate(asked: Asked, settings: Settings | None = None) -> Result:
     found: list[PairScores] = []
     measured = None
     for k, pair in enumerate(pairs_of(asked, settings.pairs)):
-        scores, items = _pair(asked, settings, pair, models, runs, notes)
+        try:
+            scores, items = _pair(asked, settings, pair, models, runs, notes)
+        except InputError as e:  # what the other pairs gave is not lost
+            notes.append(f"{pair.name} was left out: {e}")
+            continue
         found.append(scores)
         if settings.faithfulness and k == 0:
-            measured = _faithful(asked, settings, pair, models, items, scores)
+            measured = _faithful(asked, settings, pair, models, items, scores, notes)
+    if not found:
+        raise InputError(f"no pair could be scored. {' '.join(notes)}")
     own, deviations = settings_of(settings, asked)
     return result(
         TITLE,
@@ -138,8 +145,10 @@ def items_for(asked: Asked, settings: Settings, pair: Pair, notes: list[str]) ->
         pool = attribute.askable(asked, _attribute(settings), notes)
         return attribute.sample(replace(asked, n=asked.items(PEOPLE, QUICK_PEOPLE)), _attribute(settings), pool, notes)
     n = asked.items(PEOPLE, QUICK_PEOPLE)
+    if settings.known == "labels":
+        raise InputError("the facts of the bundled models do not say what a model knows; expected known=model or known=all")
     world = pair.read.removeprefix("personas-")
-    if pair.read == world:
+    if pair.read == world or world not in WORLDS:
         pool = planted.items()
         wanted = pool.relations[:: len(pool.relations) // RELATIONS][:RELATIONS] if settings.tasks is None else settings.tasks
         items = sampled([item for item in pool.items if item.relation in wanted], n, asked.seed)
@@ -150,8 +159,8 @@ def items_for(asked: Asked, settings: Settings, pair: Pair, notes: list[str]) ->
         names = list(dict.fromkeys(item.cluster for item in pool.items))
         some = set(random.Random(f"{asked.seed} people").sample(names, min(n, len(names))))  # of base and shuffled the same
         items = [i for i in pool.items if i.cluster in some and (settings.tasks is None or i.relation in settings.tasks)]
-    if not items:
-        raise InputError(f"{pool.name} have no relation {', '.join(settings.tasks or ())}; they have {', '.join(pool.relations)}")
+    if unknown := sorted(set(settings.tasks or ()) - set(pool.relations)):
+        raise InputError(f"{pool.name} have no relation {', '.join(unknown)}; they have {', '.join(pool.relations)}")
     return Items(pool.name, tuple(items), pool.stop)
 
 
@@ -196,9 +205,17 @@ def _pair(
             probed = _probe_items(asked, settings, pair, pool).items
             models.probes[pair.read] = _probed(runs[-1], probed, found.layers, asked.seed)
         probe, control = (np.stack([models.probes[pair.read][item][k] for item in found.items]) for k in (0, 1))
+        if absent := sorted({item.relation for item, row in zip(found.items, probe, strict=True) if np.isnan(row).any()}):
+            notes.append(f"{label}: no probe, for want of entities or answers: {', '.join(absent)}.")
     base = Baselines(named, bits, inverted, names_found, probe, control)
     vocabulary = {answer: (answer,) for item in pool.items for answer in item.answers[:1]}
-    priors = [None if pair.read == pair.speaks else answer_of(text, items.stop) for text in named]
+    answers: dict[str, list[str]] = {}
+    for item in pool.items:
+        answers.setdefault(item.relation, []).extend(item.answers)
+    priors = [
+        None if pair.read == pair.speaks else belief_of(text, items.stop, answers[item.relation])
+        for text, item in zip(named, found.items, strict=True)
+    ]
     return scores_of(pair.read, pair.speaks, found, base, priors, vocabulary, seed=asked.seed), found.items
 
 
@@ -254,7 +271,7 @@ def _probe_items(asked: Asked, settings: Settings, pair: Pair, items: Items) -> 
 
 
 def _probed(run: Run, items: Sequence[Item], layers: Sequence[int], seed: int) -> dict[Item, tuple[np.ndarray, np.ndarray]]:
-    """(hits, those on the control task), each [layer], of the probe at every item, cross-validated; misses where no probe can be."""
+    """(hits, those on the control task), each [layer], of the probe at every item, cross-validated; NaN where no probe can be."""
     import torch
 
     from patchscopes.evaluate.selectivity import selectivity
@@ -263,8 +280,8 @@ def _probed(run: Run, items: Sequence[Item], layers: Sequence[int], seed: int) -
     vectors = {(prompt, layer): vector for (_, prompt, layer), vector in vectors_of(run).items()}
     number = {(text, at): k for k, text, at in run.prompts.select("prompt", "prompt_text", "at").iter_rows()}
     items = [item for item in items if (item.prompt, item.at) in number]
-    misses = np.zeros(len(layers))
-    found = dict.fromkeys(items, (misses, misses))
+    none = np.full(len(layers), np.nan)
+    found = dict.fromkeys(items, (none, none))
     for relation in dict.fromkeys(item.relation for item in items):
         mine = [item for item in items if item.relation == relation]
         rows = [[vectors[number[item.prompt, item.at], layer] for item in mine] for layer in layers]
@@ -292,9 +309,14 @@ def _inverted(
     return hits, held
 
 
-def _faithful(asked: Asked, settings: Settings, pair: Pair, models: _Models, items: Sequence[Item], scores: PairScores) -> Any:
+def _faithful(
+    asked: Asked, settings: Settings, pair: Pair, models: _Models, items: Sequence[Item], scores: PairScores, notes: list[str]
+) -> Any:
     """The measures of faithfulness of a pair whose model speaks for itself, at the lowest layer that says most; None for another."""
     if pair.read != pair.speaks:
+        notes.append(
+            f"Faithfulness was not measured: the first pair is {pair.name}, and it wants a model that speaks for itself."
+        )
         return None
     from patchscopes.evaluate.faithfulness import faithfulness
     from patchscopes.evaluate.privileged_page import best

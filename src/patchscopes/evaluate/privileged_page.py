@@ -13,6 +13,7 @@ from patchscopes.evaluate.privileged_scores import ALPHA
 from patchscopes.evaluate.statistics import Estimate
 
 if TYPE_CHECKING:
+    from patchscopes.evaluate.best_of import BestOf
     from patchscopes.evaluate.faithfulness import Faithfulness
     from patchscopes.evaluate.privileged_scores import Layer, PairScores
 
@@ -20,11 +21,13 @@ SAID = {
     "more than the text": "tell more than the text",
     "of its source": "tell of their source, and no more than the text",
     "nothing": "tell nothing that the placeholder or another entity's state would not",
+    "not compared": "could not be compared with other entities",
 }
 ONE = {
     "more than the text": "tells more than the text",
     "of its source": "tells of its source, and no more than the text",
     "nothing": "tells nothing that the placeholder or another entity's state would not",
+    "not compared": "could not be compared with other entities",
 }
 
 
@@ -71,6 +74,8 @@ def _claims(pair: PairScores) -> list[str]:
         layers = list(some)
         name = f"layer {layers[0].layer}" if len(layers) == 1 else f"layers {layers[0].layer}–{layers[-1].layer}"
         against = "named"
+        if told == "not compared":
+            against = "nothing"
         if told == "nothing":  # what it failed on
             against = (
                 "nothing"
@@ -115,13 +120,19 @@ def _headline(pairs: Sequence[PairScores]) -> dict[str, Any]:
         found[f"  {name}: asked in words"] = pair.named
         if top.inverted is not None:
             found[f"  {name}: inversion, then asked"] = top.inverted
-        found[f"  {name}: another entity's state, any layer"] = pair.best.any_of_null
+        if pair.best is not None:
+            found[f"  {name}: another entity's state, any layer"] = pair.best.any_of_null
         if pair.conflicts:
             found[f"  {name}: false attribution"] = top.prior
     return found
 
 
 # --------------------------------------------------------------------------------------------------------------------------- tables
+
+
+def _best_of(found: BestOf | None) -> tuple[Estimate | None, ...]:
+    """Per layer, any layer, the same of another entity, a layer chosen on other entities; nothing where no entity could stand in."""
+    return (None,) * 4 if found is None else (found.per_draw, found.any_of, found.any_of_null, found.held_out)
 
 
 def _overview(pairs: Sequence[PairScores]) -> Table:
@@ -135,8 +146,8 @@ def _overview(pairs: Sequence[PairScores]) -> Table:
         top = best(pair)
         rows.append(
             (
-                name_of(pair), pair.items, pair.entities, pair.conflicts, pair.leaked, top.layer, top.over_text.first, pair.best.per_draw,
-                pair.best.any_of, pair.best.any_of_null, pair.best.held_out, pair.named, top.inverted, pair.majority, top.probe,
+                name_of(pair), pair.items, pair.entities, pair.conflicts, pair.leaked, top.layer, top.over_text.first, *_best_of(pair.best),
+                pair.named, top.inverted, pair.majority, top.probe,
                 top.probe_control, top.prior if pair.conflicts else None, pair.attributed if pair.conflicts else None,
             )
         )  # fmt: skip
@@ -162,7 +173,7 @@ def _layers_table(pair: PairScores) -> Table:
         for one in pair.layers
     )  # fmt: skip
     caption = (
-        f"{name_of(pair)}, by source layer. Least difference: to the text, found with power 0.8 by as many independent rows as there are; "
+        f"{name_of(pair)}, by source layer. Least difference: of hits to the text, found with power 0.8 at p ≤ 0.05, uncorrected; "
         "dealt out anew: readings against answers of other items; above: share of readings with that verdict, which needs no truth; "
         "verdict: from the bits about the answer, Holm over all pairs and layers"
     )
@@ -281,11 +292,8 @@ def _scores(pair: PairScores) -> dict[str, Any]:
         "leaked": pair.leaked,
         "named": pair.named,
         "majority": pair.majority,
-        "per_draw": pair.best.per_draw,
-        "any_layer": pair.best.any_of,
-        "any_layer_other_entity": pair.best.any_of_null,
-        "any_layer_p": pair.best.p,
-        "held_out_layer": pair.best.held_out,
+        **dict(zip(("per_draw", "any_layer", "any_layer_other_entity", "held_out_layer"), _best_of(pair.best), strict=True)),
+        "any_layer_p": None if pair.best is None else pair.best.p,
         "attributed": pair.attributed,
         "layers": {
             str(one.layer): {

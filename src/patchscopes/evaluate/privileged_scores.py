@@ -1,12 +1,13 @@
 """The figures of the privileged-information test: pure functions of what was read, said and asked.
 
 For a pair (M1 is read, M2 speaks), items (facts that M1 knows) and source layers: does M2 say M1's fact out of the state, more often than
-it does without one? Rates are means over relations, intervals and tests resample or flip entities, and p-values are adjusted (Holm) over
-all pairs and layers.
+it does without one? Rates are means over relations (of statements and generic texts: over readings), intervals and tests resample or flip
+entities, and p-values are adjusted (Holm) over all pairs and layers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,7 +30,7 @@ from patchscopes.evaluate.statistics import Estimate
 if TYPE_CHECKING:
     from patchscopes.runs import Run
 
-Told = Literal["more than the text", "of its source", "nothing"]
+Told = Literal["more than the text", "of its source", "nothing", "not compared"]
 EVIDENCE = ("bits_over_nothing", "bits_over_random", "bits_over_others", "bits_over_text", "explained")
 ALPHA = 0.05
 
@@ -114,7 +115,7 @@ class PairScores:
     leaked: int
     named: Estimate
     majority: Estimate
-    best: BestOf
+    best: BestOf | None
     attributed: Estimate
     layers: tuple[Layer, ...]
 
@@ -131,17 +132,18 @@ def seen(run: Run, items: Sequence[Item]) -> Seen:
             numbers.setdefault(key, {})[layer] = (verdict == "above", *values)
     kept = tuple(item for item in items if item.key in numbers)
     layers = tuple(sorted({layer for some in numbers.values() for layer in some}))
+    shape = (len(kept), len(layers))
     texts = {
-        kind: np.array([[of.get(item.key, {}).get(layer) for layer in layers] for item in kept], object).reshape(len(kept), -1)
+        kind: np.array([[of.get(item.key, {}).get(layer) for layer in layers] for item in kept], object).reshape(shape)
         for kind, of in said.items()
     }
     nothing = (None,) * (1 + len(EVIDENCE))
     cells = [[numbers[item.key].get(layer, nothing) for layer in layers] for item in kept]
     values = {
-        name: np.array([[np.nan if cell[1 + k] is None else cell[1 + k] for cell in row] for row in cells], float)
+        name: np.array([[np.nan if cell[1 + k] is None else cell[1 + k] for cell in row] for row in cells], float).reshape(shape)
         for k, name in enumerate(EVIDENCE)
     }
-    above = np.array([[np.nan if cell[0] is None else float(cell[0]) for cell in row] for row in cells], float)
+    above = np.array([[np.nan if cell[0] is None else float(cell[0]) for cell in row] for row in cells], float).reshape(shape)
     return Seen(kept, layers, texts, values, above)
 
 
@@ -186,7 +188,7 @@ def scores_of(
         sum(answer_in_source(item.answers, item.prompt) for item in found.items),
         mean(named),
         mean(right),
-        best_of(np.nan_to_num(own), other, clusters, groups, seed=seed),
+        None if np.isnan(other).any(axis=1).all() else best_of(np.nan_to_num(own), other, clusters, groups, seed=seed),
         _attributed(found, whose, seed),
         tuple(layers),
     )
@@ -247,9 +249,7 @@ def _layer(
     over = compared(own, named, clusters, groups, seed=seed)
     discordant = (over.table.only_first + over.table.only_second) / len(own)
     effective = max(1, int(effective_n(clusters, own - named)))
-    rate = lambda values: statistics.rate(
-        values[apart].astype(float), [c for c, a in zip(clusters, apart, strict=True) if a], seed=seed
-    )
+    rate = lambda values: mean(np.where(apart, values.astype(float), np.nan))
     return Layer(
         layer,
         over,
@@ -274,7 +274,7 @@ def _layer(
 def _p(values: np.ndarray, clusters: Sequence[str], groups: Sequence[str], seed: int) -> float:
     there = np.flatnonzero(~np.isnan(values)).tolist()
     if not there:
-        return 1.0
+        return math.nan
     return sign_flip(values[there], [clusters[i] for i in there], [groups[i] for i in there], seed=seed)
 
 
@@ -311,7 +311,10 @@ def adjusted(pairs: Sequence[PairScores]) -> tuple[PairScores, ...]:
     flat = [(i, k) for i, pair in enumerate(pairs) for k in range(len(pair.layers))]
     after: dict[str, dict[tuple[int, int], float]] = {}
     for name in ("named", "nothing", "others"):
-        after[name] = dict(zip(flat, statistics.holm([pairs[i].layers[k].p[name] for i, k in flat]), strict=True))
+        there = [(i, k) for i, k in flat if not math.isnan(pairs[i].layers[k].p[name])]
+        after[name] = dict.fromkeys(flat, math.nan) | dict(
+            zip(there, statistics.holm([pairs[i].layers[k].p[name] for i, k in there]), strict=True)
+        )
     found = []
     for i, pair in enumerate(pairs):
         layers = []
@@ -319,7 +322,9 @@ def adjusted(pairs: Sequence[PairScores]) -> tuple[PairScores, ...]:
             p = {name: values[i, k] for name, values in after.items()}
             up = {name: p[name] <= ALPHA and layer.bits[name].value > 0 for name in p}
             told: Told = "nothing"
-            if up["nothing"] and up["others"]:
+            if any(math.isnan(value) for value in p.values()):
+                told = "not compared"
+            elif up["nothing"] and up["others"]:
                 told = "more than the text" if up["named"] else "of its source"
             layers.append(replace(layer, adjusted=p, told=told))
         found.append(replace(pair, layers=tuple(layers)))

@@ -232,7 +232,7 @@ def _other_model(here: _Here, control: OtherModel) -> Written | str:
     world, viewing, cell = here.world, here.world.viewing, here.cell
     sight = world.other_sights[control.name]
     layers = viewing.layers_read(cell)
-    if max(layers) > sight.layers[-1]:
+    if not sight.layers or max(layers) > sight.layers[-1]:
         return f"{control.model.name} has no layer {max(layers)}"
     state = sight.sound(cell.place, layers, viewing.places[cell.place].span)
     if state is None:
