@@ -23,6 +23,7 @@ from patchscopes.experiment.spec_tables import (
     ControlNames,
     Count,
     LayerText,
+    Looks,
     Maps,
     Models,
     ModelSpec,
@@ -71,7 +72,7 @@ class Part(Table):
     seed: int | None = described("seed")
     controls: ControlNames | None = described("controls")
     evidence: bool | None = described("evidence")
-    second_look: str | tuple[str, ...] | None = described("second_look")
+    second_look: Looks | None = described("second_look")
 
 
 class Experiment(Table):
@@ -99,7 +100,7 @@ class Experiment(Table):
     seed: int = described("seed", 0)
     controls: ControlNames = described("controls", True)
     evidence: bool = described("evidence", True)
-    second_look: str | tuple[str, ...] | None = described("second_look")
+    second_look: Looks | None = described("second_look")
     outputs: Outputs = described("outputs", {}, validate_default=True)
     shard: Count | None = described("shard")
     on_bad_prompt: Literal["refuse", "skip"] = described("on_bad_prompt", "refuse")

@@ -37,6 +37,7 @@ WriteName = Literal["replace", "add", "add_matched", "replace_matched"]
 Count = Annotated[int, Field(ge=1)]
 Temperature = Annotated[float, Field(ge=0)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(grammar.listed, json_schema_input_type=str | list[str])]
+Looks = Annotated[str | tuple[str, ...], BeforeValidator(grammar.as_tuple, json_schema_input_type=str | list[str])]
 Ids = Annotated[
     tuple[Annotated[int, Field(ge=0)], ...],
     BeforeValidator(grammar.ids, json_schema_input_type=list[int]),
