@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from patchscopes.scopes import Patchscope
 
 Progress = Callable[[int, int, str], None]
-OTHERS = 8  # of other items, whose states stand in for an item's own
+OTHERS = 4  # of other items, whose states stand in for an item's own
 
 
 @dataclass(frozen=True, eq=False)

@@ -46,8 +46,8 @@ TITLE = "Do descriptions of states convey privileged information?"
 PAPER = "Li et al., Do Natural Language Descriptions of Model Activations Convey Privileged Information? (arXiv 2509.13316)"
 PEOPLE, QUICK_PEOPLE = 12, 6  # entities of each pair on the organisms; every one with all its facts
 RELATIONS = 6  # of atlas, where a pair is about its facts
-MOST = 5  # source layers, if none are named; the paper reads every block of the lower half
-PROBED = 100  # entities that a probe learns from and is tested on, at most
+MOST = 4  # source layers, if none are named; the paper reads every block of the lower half
+PROBED = 60  # entities that a probe learns from and is tested on, at most
 CONTROLS = ("nothing", "zero", "mean", "random", "random_covariance", "other", "context", "text", "text_at_position")
 
 
@@ -56,7 +56,7 @@ class Settings:
     """Every choice.
 
     pairs           "M1>M2", M1 is read and M2 speaks; none: on the organisms those of `pairs.PAIRS`, with data the model and itself
-    layers          source layers; none: the first, the last and at most three between. The paper's are blocks 1 to 15 of 32
+    layers          source layers; none: the first, the last and at most two between. The paper's are blocks 1 to 15 of 32
     target_layer    ℓ*
     tokens          said by each reading
     known           whose word counts on what M1 knows: its own ("model"), the labels of the data ("labels"), or all items ("all")
