@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from patchscopes.evaluate.frame import Bars, Line, Lines, Result, Table
 from patchscopes.evaluate.pairs import Pair
-from patchscopes.evaluate.privileged_scores import ALPHA
 from patchscopes.evaluate.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -73,20 +72,11 @@ def _claims(pair: PairScores) -> list[str]:
     for told, some in groupby(pair.layers, key=lambda one: one.told):
         layers = list(some)
         name = f"layer {layers[0].layer}" if len(layers) == 1 else f"layers {layers[0].layer}–{layers[-1].layer}"
-        against = "named"
-        if told == "not compared":
-            against = "nothing"
-        if told == "nothing":  # what it failed on
-            against = (
-                "nothing"
-                if any(one.adjusted["nothing"] > ALPHA or one.bits["nothing"].value <= 0 for one in layers)
-                else "others"
-            )
-        strongest = max(layers, key=lambda one: one.bits[against].value)
-        over = {"named": "the text", "nothing": "the placeholder", "others": "other entities"}[against]
+        strongest = max(layers, key=lambda one: _bits_of(one)[1].value)
+        over, bits = _bits_of(strongest)
         at = "" if len(layers) == 1 else f" at layer {strongest.layer}"
         verb = (ONE if len(layers) == 1 else SAID)[told]
-        parts.append(f"{name} {verb} ({bits_text(strongest.bits[against])} over {over}{at})")
+        parts.append(f"{name} {verb} ({bits_text(bits)} over {over}{at})")
     found = [f"{name_of(pair)}: {'; '.join(parts)}."]
     top = best(pair)
     if pair.conflicts:
@@ -101,6 +91,15 @@ def _claims(pair: PairScores) -> list[str]:
             f"{top.over_text.first}."
         )
     return found
+
+
+def _bits_of(one: Layer) -> tuple[str, Estimate]:
+    """What a verdict hangs on: bits over the text; where it is not even of its source, the fewer of those over placeholder and others."""
+    if one.told in ("more than the text", "of its source"):
+        return "the text", one.bits["named"]
+    if one.told == "not compared":
+        return "the placeholder", one.bits["nothing"]
+    return min(("the placeholder", one.bits["nothing"]), ("other entities", one.bits["others"]), key=lambda pair: pair[1].value)
 
 
 def bits_text(one: Estimate) -> str:
