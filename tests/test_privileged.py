@@ -133,6 +133,14 @@ class TestScores:
         (after,) = adjusted([found])
         assert after.layers[0].told == told
 
+    def test_what_could_not_be_compared_is_no_nothing(self) -> None:
+        """No other entity has another answer: the layer is neither cleared nor condemned, and is no test that others pay for."""
+        alone = pair(all_say(" tea"), {"nothing": 2, "others": math.nan, "named": 2}, [None] * 12, [""] * 12)
+        well = pair(all_say(" tea"), {"nothing": 2, "others": 2, "named": 2}, [None] * 12, [""] * 12)
+        first, second = adjusted([alone, well])
+        assert first.layers[0].told == "not compared" and second.layers[0].told == "more than the text"
+        assert second.layers[0].adjusted["others"] == well.layers[0].p["others"]
+
     def test_many_layers_are_paid_for(self) -> None:
         """A gain that would pass alone (6 entities, all one way: p = 1/32) does not among 40 layers."""
         alone = pair(all_say(" tea", 6), {"nothing": 2, "others": 2, "named": 2}, [None] * 6, [""] * 6)
